@@ -1,0 +1,316 @@
+#!/usr/bin/env python3
+"""Step 3: is this task vector, or this merged model, really base + adapter?
+
+    python compare_lora_task_vector.py --base_model bigcode/starcoder2-3b \\
+        --lora_path checkpoint-40000/ --task_vector_path task_vectors_fp32/ \\
+        --output_dir comparison_results/
+
+    python compare_lora_task_vector.py --base_model BASE --lora_path ADAPTER \\
+        --finetuned_model MERGED     # judge a merge made by any tool, nothing extracted
+
+Every element is checked against its floating-point bound, and every changed parameter is
+attributed. Exit status: 0 the certificate holds, 1 it does not, 2 bad input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from taskvec import cli
+
+if TYPE_CHECKING:  # torch is loaded only when there is work to do: --help stays fast
+    import torch
+
+    from taskvec.adapter import Adapter, Update
+    from taskvec.checkpoint import Checkpoint
+    from taskvec.compare import ParameterResult
+    from taskvec.taskvector import TaskVector
+    from taskvec.tensorfile import TensorFileWriter
+
+RESULTS, DELTAS, REPORT = (
+    "comparison_results.json",
+    "lora_deltas.safetensors",
+    "detailed_comparison_report.txt",
+)
+FIGURES = (
+    "cosine_similarity_analysis.png",
+    "norm_distribution_comparison.png",
+    "parameter_modification_heatmap.png",
+    "rounding_error_in_ulps.png",
+)
+ARCHITECTURE_FIGURE = "model_architecture_coverage.png"
+DEFAULT_TASK_VECTOR = "task_vectors_fp32/"
+
+
+@dataclass(frozen=True)
+class ComparisonResult:
+    """What was found.
+
+    Attributes:
+        output_dir: where the files are.
+        document: the content of comparison_results.json.
+    """
+
+    output_dir: Path
+    document: dict[str, Any]
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        summary: dict[str, Any] = self.document["summary"]
+        return summary
+
+    @property
+    def holds(self) -> bool:
+        return bool(self.summary["equivalent"])
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = cli.new_parser(__doc__)
+    cli.add_base_model(parser)
+    cli.add_lora_path(parser)
+    parser.add_argument(
+        "--task_vector_path",
+        metavar="PATH",
+        help=f"a task vector file or its directory (default: {DEFAULT_TASK_VECTOR})",
+    )
+    parser.add_argument(
+        "--finetuned_model",
+        metavar="MODEL",
+        help="a merged model to judge directly, instead of a task vector",
+    )
+    parser.add_argument(
+        "--output_dir",
+        default="comparison_results/",
+        metavar="DIR",
+        help="(default: comparison_results/)",
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=_tolerance,
+        default=1e-5,
+        help="largest |T - delta| up to which a parameter is counted as within tolerance "
+        "(default: 1e-5). A yardstick for the report: the verdict is the certificate's",
+    )
+    for flag, what in (
+        ("generate_plots", "write the figures"),
+        ("detailed_report", "write the text report"),
+        ("architecture_analysis", "write the architecture's figure and its section in the report"),
+    ):
+        parser.add_argument(
+            f"--{flag}", action=argparse.BooleanOptionalAction, default=True, help=what
+        )
+    return parser
+
+
+def compare(
+    base_model: str,
+    lora_path: str,
+    output_dir: str | Path,
+    *,
+    task_vector_path: str | Path | None = None,
+    finetuned_model: str | None = None,
+    tolerance: float = 1e-5,
+    device: str = "auto",
+    revision: str | None = None,
+    generate_plots: bool = True,
+    detailed_report: bool = True,
+    architecture_analysis: bool = True,
+) -> ComparisonResult:
+    """Compare an adapter's delta with a task vector and write what was found.
+
+    Args:
+        base_model: directory, .safetensors file or hub id.
+        lora_path: directory or hub id of a PEFT LoRA adapter.
+        output_dir: absent, empty, or an earlier comparison, which is replaced.
+        task_vector_path: a task vector file or its directory; or
+        finetuned_model: a merged model. Exactly one of the two.
+        tolerance: yardstick for the report.
+        device: where the arithmetic runs.
+        revision: of a base on the hub.
+        generate_plots, detailed_report, architecture_analysis: what to write beside the JSON.
+
+    Raises:
+        UserError: an input is unusable, or base and task vector are of different models.
+    """
+    from taskvec.adapter import open_adapter
+    from taskvec.checkpoint import open_checkpoint
+    from taskvec.diagnose import diagnose
+    from taskvec.output import output_directory, write_json
+    from taskvec.report import Storage, document, text_report
+    from taskvec.verdict import judge
+
+    target, torch_device = Path(output_dir), cli.pick_device(device)
+    with ExitStack() as stack:
+        base = stack.enter_context(open_checkpoint(base_model, revision))
+        base.refuse_quantised()
+        adapter = stack.enter_context(open_adapter(lora_path, base))
+        vector, paths = stack.enter_context(_open_subject(base, task_vector_path, finetuned_model))
+        inputs = [*base.paths, adapter.path, *paths]
+        partial = stack.enter_context(
+            output_directory(
+                target, [RESULTS, DELTAS, REPORT, *FIGURES, ARCHITECTURE_FIGURE], inputs
+            )
+        )
+        results = _compare_all(base, adapter, vector, partial, torch_device)
+        verdict = judge(results)
+        found = [] if verdict.holds else diagnose(base, adapter, vector, results, torch_device)
+        elements = sum(result.elements for result in results)
+        content = document(
+            results,
+            verdict,
+            [cause.as_json() for cause in found],
+            inputs={
+                "base": base.identity(),
+                "adapter": str(lora_path),
+                "task_vector" if task_vector_path else "finetuned_model": vector.source,
+            },
+            storage=Storage(adapter.stored_bytes, 4 * elements, vector.disk_bytes),
+            tolerance=tolerance,
+        )
+        write_json(partial / RESULTS, content)
+        if detailed_report:
+            text = text_report(content, architecture=architecture_analysis)
+            (partial / REPORT).write_text(text, encoding="utf-8")
+        if generate_plots:
+            _draw(content, partial, architecture_analysis)
+    return ComparisonResult(target, content)
+
+
+@contextmanager
+def _open_subject(
+    base: Checkpoint, task_vector_path: str | Path | None, finetuned_model: str | None
+) -> Iterator[tuple[TaskVector, list[Path]]]:
+    """What is to be judged, and the paths it is read from."""
+    from taskvec.checkpoint import open_checkpoint
+    from taskvec.taskvector import FormedTaskVector, check_same_architecture, open_task_vector
+
+    if task_vector_path is not None and finetuned_model is not None:
+        raise cli.UserError("give either --task_vector_path or --finetuned_model, not both")
+    if finetuned_model is not None:
+        with open_checkpoint(finetuned_model) as merged:
+            check_same_architecture(base, merged)
+            yield FormedTaskVector(finetuned_model, merged), merged.paths
+    else:
+        with open_task_vector(Path(task_vector_path or DEFAULT_TASK_VECTOR)) as vector:
+            vector.check_fits(base)
+            yield vector, [vector.file.path]
+
+
+def _compare_all(
+    base: Checkpoint,
+    adapter: Adapter,
+    vector: TaskVector,
+    directory: Path,
+    device: torch.device,
+) -> list[ParameterResult]:
+    """Every float parameter of the base in turn; the adapter's deltas are written on the way."""
+    import torch
+
+    from taskvec.compare import attribute_parameter, compare_parameter
+    from taskvec.tensorfile import TensorFileWriter
+
+    specs = [(name, torch.float32, base.tensors[name].shape) for name in adapter.parameters]
+    results = []
+    with (
+        TensorFileWriter(directory / DELTAS, specs) as writer,
+        cli.progress(base.nbytes, "Comparing") as bar,
+    ):
+        for name, info in base.tensors.items():
+            if name in adapter.scalings:
+                update = adapter.update(name, device)
+                results.append(compare_parameter(base, vector, name, update, device))
+                _write_delta(update, writer)
+            elif info.is_float:
+                results.append(attribute_parameter(base, vector, name, device))
+            bar.update(info.nbytes)
+    return results
+
+
+def _write_delta(update: Update, writer: TensorFileWriter) -> None:
+    from taskvec.compare import BLOCK_ELEMENTS
+    from taskvec.tensorfile import row_blocks
+
+    name = update.parameter
+    for start, stop in row_blocks(writer.tensors[name], BLOCK_ELEMENTS):
+        writer.write(name, update.delta(start, stop), start)
+
+
+def _draw(content: dict[str, Any], directory: Path, architecture: bool) -> None:
+    from taskvec import plots
+
+    cli.notice("Drawing figures ...")
+    plots.cosine_similarity(content, directory / FIGURES[0])
+    plots.norm_distribution(content, directory / FIGURES[1])
+    plots.modification_heatmap(content, directory / FIGURES[2])
+    plots.rounding_errors(
+        {content["summary"]["certificate"]["precision"]: content}, directory / FIGURES[3]
+    )
+    if architecture:
+        plots.architecture_coverage(content, directory / ARCHITECTURE_FIGURE)
+
+
+def print_result(result: ComparisonResult) -> None:
+    """The result lines: numbers as measured, the certificate, and the verdict last."""
+    summary = result.summary
+    certificate = summary["certificate"]
+    cosine, shared = summary["average_cosine_similarity"], summary["shared_parameters"]
+    perfect = summary["perfect_matches"]
+    cli.result("🔬 MATHEMATICAL EQUIVALENCE ANALYSIS:")
+    cli.result(f"   Analyzing {shared} shared parameters...")
+    cli.result(
+        f"   Average cosine similarity: {'n/a' if cosine is None else format(cosine, '.6f')}"
+    )
+    cli.result(f"   Max absolute difference: {summary['max_absolute_difference']:.2e}")
+    cli.result(
+        f"   Perfect matches (>0.9999): {perfect}/{shared} "
+        f"({100 * perfect / shared if shared else 0:.1f}%)"
+    )
+    cli.result(f"   Certificate ({certificate['precision']}): {certificate['verdict']}")
+    cli.result(f"   {certificate['cost']['sentence']}")
+    cli.result()
+    if result.holds:
+        cli.result("✅ VALIDATION SUCCESSFUL: LoRA and Task Vectors are mathematically equivalent!")
+    else:
+        cli.result("❌ VALIDATION FAILED: the task vector is not the adapter's delta.")
+    cli.result(f"   Reason: {certificate['reason']}")
+    for cause in certificate["diagnosis"]:
+        cli.result(f"   Diagnosis: {cause['sentence']}")
+
+
+def _tolerance(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: give a finite number that is not negative")
+    return value
+
+
+def _body(args: argparse.Namespace) -> int:
+    result = compare(
+        args.base_model,
+        args.lora_path,
+        args.output_dir,
+        task_vector_path=args.task_vector_path,
+        finetuned_model=args.finetuned_model,
+        tolerance=args.tolerance,
+        device=args.device,
+        revision=args.revision,
+        generate_plots=args.generate_plots,
+        detailed_report=args.detailed_report,
+        architecture_analysis=args.architecture_analysis,
+    )
+    print_result(result)
+    return cli.EXIT_OK if result.holds else cli.EXIT_DOES_NOT_HOLD
+
+
+def main(argv: list[str] | None = None) -> int:
+    return cli.run(build_parser(), _body, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,216 @@
+#!/usr/bin/env python3
+"""Step 2: subtract the base from a fine-tuned model to get its task vector, streaming.
+
+    python extract_task_vectors.py --base_model bigcode/starcoder2-3b \\
+        --finetuned_model merged_model_fp32/ --output_dir task_vectors_fp32/
+
+Writes task_vector.safetensors (fp32, every tensor of the architecture; what is zero takes no disk)
+and task_vector_summary.json (per tensor: shape, non-zero elements, norm, largest absolute value).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from taskvec import cli
+
+if TYPE_CHECKING:  # torch is loaded only when there is work to do: --help stays fast
+    import torch
+    from tqdm import tqdm
+
+    from taskvec.checkpoint import Checkpoint
+    from taskvec.compare import Magnitude
+    from taskvec.taskvector import FormedTaskVector
+    from taskvec.tensorfile import TensorFileWriter, TensorInfo
+
+SUMMARY = "task_vector_summary.json"
+BLOCK_ELEMENTS = 1 << 20
+
+
+@dataclass(frozen=True)
+class ExtractResult:
+    """What was written, and how much of it is not zero."""
+
+    output_dir: Path
+    total_parameters: int
+    nonzero_parameters: int
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = cli.new_parser(__doc__)
+    cli.add_base_model(parser)
+    parser.add_argument(
+        "--finetuned_model",
+        default="merged_model_fp32/",
+        metavar="MODEL",
+        help="directory, .safetensors file or hub id (default: merged_model_fp32/)",
+    )
+    parser.add_argument(
+        "--output_dir", default="task_vectors/", metavar="DIR", help="(default: task_vectors/)"
+    )
+    parser.add_argument(
+        "--base_precision",
+        choices=["stored", "fp32", "fp16", "bf16"],
+        default="stored",
+        help="round the base to this before subtracting (default: stored, as it is); rounding it "
+        "like the merged model removes the artifacts of the base's own rounding",
+    )
+    parser.add_argument(
+        "--trust_remote_code",
+        action="store_true",
+        help="accepted for compatibility: tensors are read from the files, no model code ever runs",
+    )
+    return parser
+
+
+def extract(
+    base_model: str,
+    finetuned_model: str,
+    output_dir: str | Path,
+    *,
+    base_precision: str = "stored",
+    device: str = "auto",
+    revision: str | None = None,
+) -> ExtractResult:
+    """Write the task vector of a fine-tuned model.
+
+    Args:
+        base_model, finetuned_model: directory, .safetensors file or hub id.
+        output_dir: absent, empty, or an earlier task vector, which is replaced.
+        base_precision: stored, or the format that the base is rounded to first.
+        device: where the arithmetic runs.
+        revision: of a base on the hub.
+
+    Raises:
+        UserError: an input is unusable, or the two models differ in a tensor's name or shape.
+    """
+    import torch
+
+    from taskvec.checkpoint import open_checkpoint
+    from taskvec.output import output_directory, write_json
+    from taskvec.rounding import FORMATS
+    from taskvec.taskvector import (
+        BASE_PRECISION,
+        MERGED_PRECISION,
+        TASK_VECTOR_FILE,
+        FormedTaskVector,
+        check_same_architecture,
+        precision_of,
+    )
+    from taskvec.tensorfile import TensorFileWriter
+
+    target, torch_device = Path(output_dir), cli.pick_device(device)
+    names_written = [TASK_VECTOR_FILE, SUMMARY]
+    with (
+        open_checkpoint(base_model, revision) as base,
+        open_checkpoint(finetuned_model) as merged,
+        output_directory(target, names_written, [*base.paths, *merged.paths]) as partial,
+        cli.progress(base.nbytes + merged.nbytes, "Extracting") as bar,
+    ):
+        check_same_architecture(base, merged)
+        vector = FormedTaskVector(finetuned_model, merged, FORMATS.get(base_precision))
+        tensors = {name: info for name, info in base.tensors.items() if info.is_float}
+        _check_other_tensors(vector, base)
+        metadata = {BASE_PRECISION: base_precision, MERGED_PRECISION: precision_of(merged)}
+        specs = [(name, torch.float32, info.shape) for name, info in tensors.items()]
+        with TensorFileWriter(partial / TASK_VECTOR_FILE, specs, metadata) as writer:
+            found = {
+                name: _extract_tensor(vector, base, info, writer, torch_device, bar)
+                for name, info in tensors.items()
+            }
+        summary = summarise(tensors, found, metadata)
+        write_json(partial / SUMMARY, summary)
+    if summary["non_finite_elements"]:
+        cli.notice(f"⚠️ {summary['non_finite_elements']} elements are NaN or infinite.")
+    return ExtractResult(target, summary["total_parameters"], summary["nonzero_parameters"])
+
+
+def summarise(
+    tensors: dict[str, TensorInfo], found: dict[str, Magnitude], metadata: dict[str, str]
+) -> dict[str, Any]:
+    """task_vector_summary.json: the totals, then one entry per tensor. Norms are Frobenius."""
+    return {
+        **metadata,
+        "total_parameters": len(found),
+        "nonzero_parameters": sum(magnitude.nonzero > 0 for magnitude in found.values()),
+        "total_elements": sum(info.elements for info in tensors.values()),
+        "nonzero_elements": sum(magnitude.nonzero for magnitude in found.values()),
+        "non_finite_elements": sum(magnitude.non_finite for magnitude in found.values()),
+        "norm": sum(magnitude.squared_norm for magnitude in found.values()) ** 0.5,
+        "max_abs": max(magnitude.max_abs for magnitude in found.values()),
+        "parameters": {
+            name: {
+                "shape": list(tensors[name].shape),
+                "nonzero_elements": magnitude.nonzero,
+                "non_finite_elements": magnitude.non_finite,
+                "norm": magnitude.norm,
+                "max_abs": magnitude.max_abs,
+            }
+            for name, magnitude in found.items()
+        },
+    }
+
+
+def _extract_tensor(
+    vector: FormedTaskVector,
+    base: Checkpoint,
+    info: TensorInfo,
+    writer: TensorFileWriter,
+    device: torch.device,
+    bar: tqdm[Any],
+) -> Magnitude:
+    """Write one tensor of the task vector; blocks that are zero are left out as holes."""
+    from taskvec.compare import Magnitude
+    from taskvec.tensorfile import row_blocks
+
+    magnitude = Magnitude()
+    for start, stop in row_blocks(info, BLOCK_ELEMENTS):
+        rows = base.read(info.name, start, stop)
+        block = vector.block(rows.to(device), info.name, start, stop)
+        if bool(block.task_vector.any()):
+            magnitude.add(block.task_vector)
+            writer.write(info.name, block.task_vector, start)
+        bar.update(2 * rows.nbytes)
+    return magnitude
+
+
+def _check_other_tensors(vector: FormedTaskVector, base: Checkpoint) -> None:
+    """Tensors that are no floats have no difference to store, so they must be the same."""
+    import torch
+
+    for name, info in base.tensors.items():
+        if not info.is_float and not torch.equal(base.read(name), vector.merged.read(name)):
+            raise cli.UserError(
+                f"{vector.source}: {name} ({info.dtype}) differs from the base's; only float "
+                "tensors can be subtracted"
+            )
+
+
+def _body(args: argparse.Namespace) -> int:
+    result = extract(
+        args.base_model,
+        args.finetuned_model,
+        args.output_dir,
+        base_precision=args.base_precision,
+        device=args.device,
+        revision=args.revision,
+    )
+    cli.result(f"📁 Task vectors saved to: {result.output_dir}/")
+    cli.result(
+        f"📊 Found {result.nonzero_parameters} non-zero parameters "
+        f"(vs {result.total_parameters} total architecture parameters)"
+    )
+    cli.result("💾 Saved: task_vector.safetensors")
+    return cli.EXIT_OK
+
+
+def main(argv: list[str] | None = None) -> int:
+    return cli.run(build_parser(), _body, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

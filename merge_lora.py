@@ -1,0 +1,190 @@
+#!/usr/bin/env python3
+"""Step 1: merge a LoRA adapter into its base model, streaming.
+
+    python merge_lora.py --base_model bigcode/starcoder2-3b --lora_path checkpoint-40000/ \\
+        --output_dir merged_model_fp32 --precision fp32
+
+Writes a directory that transformers loads: weights in the base's own shard layout, config.json
+with the new dtype, the base's tokenizer and generation config, and merge_manifest.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from taskvec import cli
+
+if TYPE_CHECKING:  # torch is loaded only when there is work to do: --help stays fast
+    import torch
+
+    from taskvec.adapter import Adapter
+    from taskvec.checkpoint import Checkpoint
+    from taskvec.modelwriter import RowFunction
+    from taskvec.rounding import Format, Recipe
+
+MANIFEST = "merge_manifest.json"
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """What was written: where, in which format, and which parameters changed."""
+
+    output_dir: Path
+    precision: str
+    changed_parameters: list[str]
+    nbytes: int
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = cli.new_parser(__doc__)
+    cli.add_base_model(parser)
+    cli.add_lora_path(parser)
+    parser.add_argument(
+        "--output_dir", default="merged_model", metavar="DIR", help="(default: merged_model)"
+    )
+    parser.add_argument(
+        "--precision",
+        choices=["fp32", "fp16", "bf16"],
+        default="fp32",
+        help="format of the merged model (default: fp32, which leaves no rounding artifacts)",
+    )
+    parser.add_argument(
+        "--rounding",
+        choices=["once", "peft"],
+        default="once",
+        help="once: add in fp32 and round the sum (default); peft: round the base first, as PEFT "
+        "does with a base that was loaded in that dtype",
+    )
+    parser.add_argument(
+        "--max_shard_size", metavar="SIZE", help="such as 5GB (default: the base's own shards)"
+    )
+    return parser
+
+
+def merge(
+    base_model: str,
+    lora_path: str,
+    output_dir: str | Path,
+    *,
+    precision: str = "fp32",
+    rounding: str = "once",
+    device: str = "auto",
+    revision: str | None = None,
+    max_shard_size: str | None = None,
+) -> MergeResult:
+    """Merge an adapter into a base and write the merged model.
+
+    Args:
+        base_model: directory, .safetensors file or hub id.
+        lora_path: directory or hub id of a PEFT LoRA adapter.
+        output_dir: absent, empty, or an earlier merge, which is replaced.
+        precision: fp32, fp16 or bf16.
+        rounding: once or peft (`taskvec.rounding.RECIPES`).
+        device: where the arithmetic runs.
+        revision: of a base on the hub.
+        max_shard_size: such as "5GB"; the base's own shards if None.
+
+    Raises:
+        UserError: an input is unusable, or a weight overflows the format.
+    """
+    from taskvec.adapter import open_adapter
+    from taskvec.checkpoint import open_checkpoint
+    from taskvec.modelwriter import write_model
+    from taskvec.output import output_directory, write_json
+    from taskvec.rounding import FORMATS, ROUNDINGS
+
+    target, torch_device = Path(output_dir), cli.pick_device(device)
+    format, recipe = FORMATS[precision], ROUNDINGS[rounding]
+    with (
+        open_checkpoint(base_model, revision) as base,
+        open_adapter(lora_path, base) as adapter,
+        output_directory(target, is_merged_model, [*base.paths, adapter.path]) as partial,
+        cli.progress(base.nbytes, f"Merging in {precision}") as bar,
+    ):
+        base.refuse_quantised()
+        shards = write_model(
+            base,
+            partial,
+            format,
+            lambda name: _merged_rows(adapter, name, recipe, format, torch_device),
+            max_shard_size=max_shard_size,
+            bar=bar,
+        )
+        files = sorted([MANIFEST, *(path.name for path in partial.iterdir())])
+        write_json(partial / MANIFEST, _manifest(base, adapter, precision, rounding, files))
+        changed = adapter.parameters
+    return MergeResult(target, precision, changed, sum(shard.nbytes for shard in shards))
+
+
+def is_merged_model(directory: Path) -> bool:
+    """True for a directory that holds an earlier output of this script and nothing else."""
+    from taskvec.checkpoint import read_json_object
+
+    if not (directory / MANIFEST).is_file():
+        return False
+    files = read_json_object(directory / MANIFEST).get("files")
+    return isinstance(files, list) and {path.name for path in directory.iterdir()} <= set(files)
+
+
+def _merged_rows(
+    adapter: Adapter, name: str, recipe: Recipe, format: Format, device: torch.device
+) -> RowFunction | None:
+    from taskvec.rounding import merge_rows, recipe_delta
+
+    if name not in adapter.scalings:
+        return None
+    update = adapter.update(name, device)
+
+    def rows(base: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        delta = recipe_delta(recipe, update, start, stop, format)
+        return merge_rows(recipe, base.to(device), delta, format).cpu()
+
+    return rows
+
+
+def _manifest(
+    base: Checkpoint, adapter: Adapter, precision: str, rounding: str, files: list[str]
+) -> dict[str, Any]:
+    import torch
+
+    from taskvec.checkpoint import file_sha256
+
+    return {
+        "adapter": {path.name: {"sha256": file_sha256(path)} for path in adapter.files},
+        "base": base.identity(),
+        "precision": precision,
+        "rounding": rounding,
+        "scaling": adapter.scalings,
+        "parameters_changed": len(adapter.scalings),
+        "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
+        "files": files,
+    }
+
+
+def _body(args: argparse.Namespace) -> int:
+    result = merge(
+        args.base_model,
+        args.lora_path,
+        args.output_dir,
+        precision=args.precision,
+        rounding=args.rounding,
+        device=args.device,
+        revision=args.revision,
+        max_shard_size=args.max_shard_size,
+    )
+    cli.result("✅ Model merging completed successfully!")
+    cli.result(f"📊 Model precision: {result.precision.upper()}")
+    cli.result(f"📁 Merged model saved to: {result.output_dir}/")
+    return cli.EXIT_OK
+
+
+def main(argv: list[str] | None = None) -> int:
+    return cli.run(build_parser(), _body, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

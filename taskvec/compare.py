@@ -1,0 +1,225 @@
+"""Two tensors to numbers, many tensors to totals and a verdict.
+
+Everything is accumulated in float64 over blocks of rows; nothing larger than a block is held.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from taskvec.adapter import Update
+from taskvec.certificate import Block, ParameterCertificate
+from taskvec.checkpoint import Checkpoint
+from taskvec.rounding import NARROW_FORMATS, Format, subtract_rows
+from taskvec.taskvector import TaskVector
+from taskvec.tensorfile import row_blocks
+
+PERFECT_COSINE = 0.9999
+BLOCK_ELEMENTS = 1 << 19
+
+LORA, UNCHANGED, CAST, UNEXPLAINED = "lora", "unchanged", "cast", "unexplained"
+KINDS = (LORA, UNCHANGED, CAST, UNEXPLAINED)
+
+
+@dataclass
+class Magnitude:
+    """What a tensor amounts to.
+
+    Attributes:
+        squared_norm: of its finite elements.
+        max_abs: largest finite absolute value.
+        nonzero: elements that are not zero.
+        non_finite: NaN or infinite elements, which are in none of the other figures but nonzero.
+    """
+
+    squared_norm: float = 0.0
+    max_abs: float = 0.0
+    nonzero: int = 0
+    non_finite: int = 0
+
+    @property
+    def norm(self) -> float:
+        return math.sqrt(self.squared_norm)
+
+    def add(self, rows: torch.Tensor) -> None:
+        """Take rows of any shape and float dtype into account."""
+        self.nonzero += int(torch.count_nonzero(rows))
+        wide = rows.double()
+        finite = torch.isfinite(wide)
+        bad = wide.numel() - int(finite.sum())
+        if bad:
+            self.non_finite += bad
+            wide = torch.where(finite, wide, 0.0)
+        if wide.numel():
+            self.squared_norm += float((wide * wide).sum())
+            self.max_abs = max(self.max_abs, float(wide.abs().max()))
+
+
+@dataclass
+class PairSums:
+    """Running sums over the elements of T and delta, from which every metric follows."""
+
+    elements: int = 0
+    delta_squared: float = 0.0
+    product: float = 0.0
+    difference_squared: float = 0.0
+    difference_abs: float = 0.0
+    difference_max: float = 0.0
+    exact: int = 0
+
+    def add(self, task_vector: torch.Tensor, delta: torch.Tensor) -> None:
+        """Take rows of T (fp32) and delta (float64) into account, as far as they are finite."""
+        wide = task_vector.double()
+        finite = torch.isfinite(wide)
+        if not bool(finite.all()):
+            wide, delta = torch.where(finite, wide, 0.0), torch.where(finite, delta, 0.0)
+        difference = wide - delta
+        magnitude = difference.abs()
+        self.elements += wide.numel()
+        self.delta_squared += float((delta * delta).sum())
+        self.product += float((wide * delta).sum())
+        self.difference_squared += float((difference * difference).sum())
+        self.difference_abs += float(magnitude.sum())
+        self.difference_max = max(self.difference_max, float(magnitude.max()))
+        self.exact += int((task_vector == delta.float()).sum())
+
+
+@dataclass
+class Comparison:
+    """An adapter's delta against the task vector, for one parameter.
+
+    Attributes:
+        sums: the metrics' raw material.
+        certificate: recipes and bounds.
+        rank, scaling: of the update.
+    """
+
+    sums: PairSums
+    certificate: ParameterCertificate
+    rank: int
+    scaling: float
+
+
+@dataclass
+class ParameterResult:
+    """What was found about one parameter of the model.
+
+    Attributes:
+        kind: "lora" (explained by the adapter), "unchanged" (zero), "cast" (the base's own
+            rounding, bit for bit) or "unexplained".
+        cast_format: the format whose rounding a "cast" is.
+        comparison: for parameters that the adapter changes.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str
+    task_vector: Magnitude
+    cast_format: str | None = None
+    comparison: Comparison | None = None
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def cosine(self) -> float | None:
+        """cos(T, delta), None where one of them is zero. Cauchy-Schwarz up to float64 rounding."""
+        if self.comparison is None:
+            return None
+        sums = self.comparison.sums
+        norms = self.task_vector.norm * math.sqrt(sums.delta_squared)
+        return max(-1.0, min(1.0, sums.product / norms)) if norms else None
+
+    @property
+    def slope(self) -> float | None:
+        """Least-squares c of T = c * delta."""
+        sums = self.comparison.sums if self.comparison else None
+        return sums.product / sums.delta_squared if sums and sums.delta_squared else None
+
+    @property
+    def relative_error(self) -> float | None:
+        """‖T - delta‖ / ‖delta‖."""
+        sums = self.comparison.sums if self.comparison else None
+        if sums is None or not sums.delta_squared:
+            return None
+        return math.sqrt(sums.difference_squared / sums.delta_squared)
+
+    @property
+    def missing(self) -> bool:
+        """The adapter changes this parameter, but the task vector does not."""
+        return (
+            self.comparison is not None
+            and not self.task_vector.nonzero
+            and self.comparison.certificate.violations > 0
+        )
+
+
+def read_blocks(
+    base: Checkpoint, vector: TaskVector, name: str, device: torch.device
+) -> Iterator[Block]:
+    """A parameter of the base and of the task vector, block by block, on the device."""
+    info = base.tensors[name]
+    for start, stop in row_blocks(info, BLOCK_ELEMENTS):
+        yield vector.block(base.read(name, start, stop).to(device), name, start, stop)
+
+
+def compare_parameter(
+    base: Checkpoint, vector: TaskVector, name: str, update: Update, device: torch.device
+) -> ParameterResult:
+    """Compare one parameter that the adapter changes, in one pass over it.
+
+    The formats it may have been merged in are tried in turn; a wrong one is left at its first
+    block that no number of the format could have given.
+    """
+    info = base.tensors[name]
+    for format in vector.formats(name):
+        magnitude, sums = Magnitude(), PairSums()
+        certificate = ParameterCertificate(
+            update,
+            format,
+            info.dtype,
+            base_format=vector.base_format,
+            elements=info.elements,
+        )
+        for block in read_blocks(base, vector, name, device):
+            delta = update.exact(block.start, block.stop)
+            if not certificate.add(block, delta):
+                break
+            magnitude.add(block.task_vector)
+            sums.add(block.task_vector, delta)
+        else:
+            break
+    kind = UNEXPLAINED if certificate.violations else LORA
+    if kind == UNEXPLAINED and not magnitude.nonzero:
+        kind = UNCHANGED
+    comparison = Comparison(sums, certificate, update.rank, update.scaling)
+    return ParameterResult(name, info.shape, kind, magnitude, comparison=comparison)
+
+
+def attribute_parameter(
+    base: Checkpoint, vector: TaskVector, name: str, device: torch.device
+) -> ParameterResult:
+    """Say why a parameter that the adapter does not touch has the task vector that it has."""
+    info, magnitude = base.tensors[name], Magnitude()
+    if vector.is_zero(name):
+        return ParameterResult(name, info.shape, UNCHANGED, magnitude)
+    casts = list(NARROW_FORMATS)
+    for block in read_blocks(base, vector, name, device):
+        casts = [format for format in casts if _is_cast(block, format)]
+        if bool(block.task_vector.any()):
+            magnitude.add(block.task_vector)
+    if not magnitude.nonzero:
+        return ParameterResult(name, info.shape, UNCHANGED, magnitude)
+    if casts and not magnitude.non_finite:
+        return ParameterResult(name, info.shape, CAST, magnitude, casts[0].name)
+    return ParameterResult(name, info.shape, UNEXPLAINED, magnitude)
+
+
+def _is_cast(block: Block, format: Format) -> bool:
+    rounded = format.round(block.base.to(torch.promote_types(block.base.dtype, torch.float32)))
+    return torch.equal(subtract_rows(rounded, block.subtracted), block.task_vector)

@@ -1,0 +1,201 @@
+"""Write a model that is another model with some parameters changed, shard by shard, row by row.
+
+Bytes that stay the same are copied inside the kernel; only what changes passes through memory.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from taskvec.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
+from taskvec.cli import UserError
+from taskvec.output import write_json
+from taskvec.rounding import Format
+from taskvec.tensorfile import TensorFileWriter, TensorInfo, row_blocks
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+BLOCK_ELEMENTS = 1 << 20
+
+# (rows of the base in their stored dtype, start, stop) -> the new rows in the target's dtype
+RowFunction = Callable[[torch.Tensor, int, int], torch.Tensor]
+
+_SIDE_FILES = (
+    "generation_config.json",
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "*.model",
+    "*.tiktoken",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "*.py",
+)
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One output file and the tensors in it: name, dtype and shape each."""
+
+    file_name: str
+    tensors: list[tuple[str, torch.dtype, tuple[int, ...]]]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(dtype.itemsize * torch.Size(shape).numel() for _, dtype, shape in self.tensors)
+
+
+def write_model(
+    base: Checkpoint,
+    directory: Path,
+    format: Format,
+    edit: Callable[[str], RowFunction | None],
+    *,
+    max_shard_size: str | None,
+    bar: tqdm[Any],
+) -> list[Shard]:
+    """Write a model directory that transformers loads.
+
+    Args:
+        base: the model to start from.
+        directory: an empty directory.
+        format: what every float tensor is stored in; other tensors keep their dtype.
+        edit: for a parameter's name, how to make its rows; None where it stays as it is.
+        max_shard_size: e.g. "5GB"; the base's own shards if None.
+        bar: advanced by the bytes of the base.
+
+    Returns:
+        the files written.
+
+    Raises:
+        UserError: a value that is finite in the base or in the sum overflows the format.
+    """
+    shards = _plan_shards(base, format, max_shard_size)
+    for shard in shards:
+        with TensorFileWriter(directory / shard.file_name, shard.tensors) as writer:
+            for name, _, _ in shard.tensors:
+                _write_tensor(base, base.tensors[name], writer, format, edit(name), bar)
+    _write_index(directory, shards)
+    _copy_side_files(base, directory, format)
+    return shards
+
+
+def _write_tensor(
+    base: Checkpoint,
+    info: TensorInfo,
+    writer: TensorFileWriter,
+    format: Format,
+    make_rows: RowFunction | None,
+    bar: tqdm[Any],
+) -> None:
+    target = writer.tensors[info.name]
+    if make_rows is None and info.dtype == target.dtype:
+        writer.copy(base.shards[info.path], info)
+        bar.update(info.nbytes)
+        return
+    for start, stop in row_blocks(info, BLOCK_ELEMENTS):
+        rows = base.read(info.name, start, stop)
+        new = make_rows(rows, start, stop) if make_rows else rows.to(target.dtype)
+        _refuse_overflow(info, rows, new, format)
+        writer.write(info.name, new, start)
+        bar.update(rows.nbytes)
+
+
+def _refuse_overflow(
+    info: TensorInfo, base: torch.Tensor, new: torch.Tensor, format: Format
+) -> None:
+    finite = torch.isfinite(new)
+    if bool(finite.all()):
+        return
+    if bool(torch.isfinite(base).all()):
+        raise UserError(
+            f"{info.name}: {int((~finite).sum())} values overflow {format.name}, whose largest is "
+            f"{format.largest:g}; use --precision bf16 or fp32"
+        )
+    raise UserError(f"{info.path}: {info.name}: holds NaN or infinity")
+
+
+def _plan_shards(base: Checkpoint, format: Format, max_shard_size: str | None) -> list[Shard]:
+    specs = {
+        name: (name, format.dtype if info.is_float else info.dtype, info.shape)
+        for name, info in base.tensors.items()
+    }
+    if max_shard_size is not None:
+        return _split(list(specs.values()), _parse_size(max_shard_size))
+    if len(base.shards) == 1:
+        return [Shard(SINGLE_FILE, list(specs.values()))]
+    return [
+        Shard(path.name, [specs[name] for name in file.tensors])
+        for path, file in base.shards.items()
+    ]
+
+
+def _split(specs: list[tuple[str, torch.dtype, tuple[int, ...]]], limit: int) -> list[Shard]:
+    """Fill files in order up to ``limit`` bytes; a larger tensor gets a file of its own."""
+    groups: list[Shard] = [Shard("", [])]
+    for spec in specs:
+        if groups[-1].tensors and groups[-1].nbytes + Shard("", [spec]).nbytes > limit:
+            groups.append(Shard("", []))
+        groups[-1].tensors.append(spec)
+    if len(groups) == 1:
+        return [Shard(SINGLE_FILE, groups[0].tensors)]
+    return [
+        Shard(f"model-{number:05d}-of-{len(groups):05d}.safetensors", group.tensors)
+        for number, group in enumerate(groups, 1)
+    ]
+
+
+def _parse_size(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    if not match or match[2].upper() not in _UNITS or float(match[1]) == 0:
+        raise UserError(f"--max_shard_size {text}: give a size such as 5GB or 500MB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def _write_index(directory: Path, shards: list[Shard]) -> None:
+    if len(shards) == 1:
+        return
+    weight_map = {name: shard.file_name for shard in shards for name, _, _ in shard.tensors}
+    total = sum(shard.nbytes for shard in shards)
+    write_json(
+        directory / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map}
+    )
+
+
+def _copy_side_files(base: Checkpoint, directory: Path, format: Format) -> None:
+    """config.json with the new dtype, and the tokenizer and generation files as they are."""
+    if base.directory is None:
+        return
+    if config := base.config():
+        _set_dtype(config, str(format.dtype).removeprefix("torch."))
+        text = json.dumps(config, indent=2, ensure_ascii=False)
+        (directory / "config.json").write_text(text + "\n", encoding="utf-8")
+    for pattern in _SIDE_FILES:
+        for path in sorted(base.directory.glob(pattern)):
+            if path.is_file():
+                shutil.copyfile(path, directory / path.name)
+
+
+def _set_dtype(config: dict[str, Any], dtype: str) -> None:
+    """Older transformers read torch_dtype, newer ones dtype; parts of a model have their own."""
+    for key in ("dtype", "torch_dtype"):
+        if key in config:
+            config[key] = dtype
+    if "torch_dtype" not in config:
+        config["dtype"] = dtype
+    for value in config.values():
+        if isinstance(value, dict) and ("dtype" in value or "torch_dtype" in value):
+            _set_dtype(value, dtype)

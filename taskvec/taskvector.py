@@ -1,0 +1,189 @@
+"""A task vector T = fl32(M - W), read from a file or formed on the fly from a merged model.
+
+Task arithmetic: Ilharco et al., arXiv 2212.04089, section 2. Both sources hand out the same
+`Block`, so whoever looks at a merge need not know which of the two it was given.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from taskvec.certificate import Block
+from taskvec.checkpoint import Checkpoint
+from taskvec.cli import UserError
+from taskvec.rounding import BF16, FORMATS, FP16, FP32, Format, subtract_rows
+from taskvec.tensorfile import TensorFile
+
+TASK_VECTOR_FILE = "task_vector.safetensors"
+
+# Metadata keys of a task vector file. They are hints: what the tensors show comes first.
+BASE_PRECISION, MERGED_PRECISION = "base_precision", "merged_precision"
+
+_ALL_FORMATS = (BF16, FP16, FP32)
+
+
+class TaskVector(Protocol):
+    """What the comparison needs of a task vector.
+
+    Attributes:
+        source: as the user named it.
+        names: the parameters it holds.
+        base_format: what the base was rounded to before it was subtracted; None: as stored.
+    """
+
+    source: str
+    base_format: Format | None
+
+    @property
+    def names(self) -> list[str]: ...
+
+    @property
+    def disk_bytes(self) -> int: ...
+
+    def formats(self, name: str) -> tuple[Format, ...]:
+        """The formats a parameter may have been merged in, the first that fits being the one."""
+
+    def is_zero(self, name: str) -> bool:
+        """True if a parameter is known to be zero without reading it."""
+
+    def block(self, base: torch.Tensor, name: str, start: int, stop: int) -> Block:
+        """Rows of the task vector beside the given rows of the base, on the base's device."""
+
+
+@dataclass
+class StoredTaskVector:
+    """A task vector in a safetensors file, such as extract_task_vectors.py writes."""
+
+    source: str
+    file: TensorFile
+    base_format: Format | None
+    merged_format: Format | None
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.file.tensors)
+
+    @property
+    def disk_bytes(self) -> int:
+        return self.file.path.stat().st_blocks * 512
+
+    def formats(self, name: str) -> tuple[Format, ...]:
+        if self.merged_format is None:
+            return _ALL_FORMATS
+        return (self.merged_format,) if self.merged_format is FP32 else (self.merged_format, FP32)
+
+    def is_zero(self, name: str) -> bool:
+        return name not in self.file.tensors or self.file.is_hole(self.file.tensors[name])
+
+    def check_fits(self, base: Checkpoint) -> None:
+        """Refuse a task vector of another architecture.
+
+        Raises:
+            UserError: names the first tensor that the base lacks or has in another shape.
+        """
+        for name, info in self.file.tensors.items():
+            if name not in base.tensors:
+                raise UserError(f"{self.file.path}: holds {name}, which {base.source} has not got")
+            if info.shape != base.tensors[name].shape:
+                raise UserError(
+                    f"{name}: {info.shape} in {self.file.path}, but {base.tensors[name].shape} in "
+                    f"{base.source}"
+                )
+
+    def block(self, base: torch.Tensor, name: str, start: int, stop: int) -> Block:
+        if name in self.file.tensors:
+            rows = self.file.read(self.file.tensors[name], start, stop)
+        else:  # a parameter that the file leaves out has not changed
+            rows = torch.zeros(base.shape)
+        rows = rows.to(base.device, torch.float32)
+        return Block(start, stop, base, _subtracted(base, self.base_format), rows)
+
+
+@dataclass
+class FormedTaskVector:
+    """The task vector of a merged model that is at hand: nothing needs to be extracted first."""
+
+    source: str
+    merged: Checkpoint
+    base_format: Format | None = None
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.merged.tensors)
+
+    @property
+    def disk_bytes(self) -> int:
+        return 0
+
+    def formats(self, name: str) -> tuple[Format, ...]:
+        dtype = self.merged.tensors[name].dtype
+        named = [format for format in FORMATS.values() if format.dtype == dtype]
+        return tuple(named) or (FP32,)
+
+    def is_zero(self, name: str) -> bool:
+        return False
+
+    def block(self, base: torch.Tensor, name: str, start: int, stop: int) -> Block:
+        merged = self.merged.read(name, start, stop).to(base.device)
+        subtracted = _subtracted(base, self.base_format)
+        rows = subtract_rows(merged, subtracted)
+        return Block(start, stop, base, subtracted, rows, merged.double())
+
+
+@contextlib.contextmanager
+def open_task_vector(path: Path) -> Iterator[StoredTaskVector]:
+    """Open a task vector file, or the one in a directory of extract_task_vectors.py.
+
+    Raises:
+        UserError: nothing there, or tensors that are no floats.
+    """
+    file = path / TASK_VECTOR_FILE if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(f"{file}: no such task vector; extract_task_vectors.py makes it")
+    with TensorFile(file) as tensors:
+        for info in tensors.tensors.values():
+            if not info.is_float:
+                raise UserError(f"{file}: {info.name} is {info.dtype}, not a float")
+        yield StoredTaskVector(
+            source=str(path),
+            file=tensors,
+            base_format=FORMATS.get(tensors.metadata.get(BASE_PRECISION, "")),
+            merged_format=FORMATS.get(tensors.metadata.get(MERGED_PRECISION, "")),
+        )
+
+
+def precision_of(model: Checkpoint) -> str:
+    """The format of a model's float tensors: fp32, fp16, bf16, or "mixed"."""
+    dtypes = {info.dtype for info in model.tensors.values() if info.is_float}
+    names = [format.name for format in FORMATS.values() if {format.dtype} == dtypes]
+    return names[0] if names else "mixed"
+
+
+def check_same_architecture(base: Checkpoint, other: Checkpoint) -> None:
+    """Refuse two models that do not have the same tensors of the same shapes.
+
+    Raises:
+        UserError: names the first tensor that is missing or of another shape, with both shapes.
+    """
+    for name, info in base.tensors.items():
+        if name not in other.tensors:
+            raise UserError(f"{other.source}: has no {name}, which {base.source} has")
+        if other.tensors[name].shape != info.shape:
+            raise UserError(
+                f"{name}: {other.tensors[name].shape} in {other.source}, but {info.shape} in "
+                f"{base.source}"
+            )
+    for name in other.tensors:
+        if name not in base.tensors:
+            raise UserError(f"{base.source}: has no {name}, which {other.source} has")
+
+
+def _subtracted(base: torch.Tensor, format: Format | None) -> torch.Tensor:
+    wide = base.to(torch.promote_types(base.dtype, torch.float32))
+    return format.round(wide) if format else wide

@@ -1,0 +1,335 @@
+"""One safetensors file: read its header, read rows of a tensor, write one piece by piece.
+
+The format (https://github.com/huggingface/safetensors, "Format"): eight bytes give the length of
+a JSON header, the header gives dtype, shape and byte range of each tensor, the bytes follow.
+
+Files are untrusted. Everything in a header is checked against the file's size before anything is
+allocated. Rows are read with pread into memory of the caller's own, not mapped, so that no page of
+a model stays resident after its block is done.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from taskvec.cli import UserError
+
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies: ``offset`` and ``nbytes`` are bytes within ``path``."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    path: Path
+    offset: int
+    nbytes: int
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def rows(self) -> int:
+        """Size of the first dimension; a scalar counts as one row."""
+        return self.shape[0] if self.shape else 1
+
+    @property
+    def row_elements(self) -> int:
+        return math.prod(self.shape[1:])
+
+    @property
+    def is_float(self) -> bool:
+        return self.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+class TensorFile:
+    """A safetensors file opened for reading.
+
+    Args:
+        path: the file.
+
+    Raises:
+        UserError: the file is missing, truncated, or its header contradicts the format.
+
+    Example:
+        with TensorFile(Path("model.safetensors")) as file:
+            rows = file.read(file.tensors["weight"], 0, 10)   # (10, in), stored dtype
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._fd = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such file") from None
+        try:
+            self.tensors, self.metadata = _read_header(path, self._fd)
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def read(self, info: TensorInfo, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Rows ``start`` to ``stop`` of a tensor, in its stored dtype, on the CPU.
+
+        Returns:
+            a tensor (stop - start, ...) that owns its memory; a scalar keeps its shape ().
+        """
+        stop = info.rows if stop is None else stop
+        row_bytes = info.nbytes // info.rows if info.rows else 0
+        buffer = torch.empty((stop - start) * row_bytes, dtype=torch.uint8)
+        self._read_into(_bytes_of(buffer), info.offset + start * row_bytes)
+        shape = (stop - start, *info.shape[1:]) if info.shape else ()
+        return buffer.view(info.dtype).view(shape)
+
+    def is_hole(self, info: TensorInfo) -> bool:
+        """True if the file system knows that these bytes were never written (they read as zero)."""
+        try:
+            data = os.lseek(self._fd, info.offset, os.SEEK_DATA)
+        except OSError as error:
+            return error.errno == 6  # ENXIO: no data from here to the end of the file
+        return data >= info.offset + info.nbytes
+
+    def copy_range(self, offset: int, nbytes: int, target_fd: int, target_offset: int) -> None:
+        """Copy bytes to another file inside the kernel, or through memory where it cannot."""
+        while nbytes:
+            try:
+                done = os.copy_file_range(
+                    self._fd, target_fd, min(nbytes, 1 << 30), offset, target_offset
+                )
+            except OSError:  # across file systems, or a system without the call
+                return self._copy_through_memory(offset, nbytes, target_fd, target_offset)
+            if done == 0:
+                raise self._shrunk(offset)
+            offset, target_offset, nbytes = offset + done, target_offset + done, nbytes - done
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> TensorFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _read_into(self, view: memoryview, offset: int) -> None:
+        while view:
+            done = os.preadv(self._fd, [view], offset)
+            if done == 0:
+                raise self._shrunk(offset)
+            view, offset = view[done:], offset + done
+
+    def _copy_through_memory(
+        self, offset: int, nbytes: int, target_fd: int, target_offset: int
+    ) -> None:
+        buffer = memoryview(bytearray(min(nbytes, 1 << 22)))
+        while nbytes:
+            piece = buffer[: min(nbytes, len(buffer))]
+            self._read_into(piece, offset)
+            _write_all(target_fd, piece, target_offset)
+            step = len(piece)
+            offset, target_offset, nbytes = offset + step, target_offset + step, nbytes - step
+
+    def _shrunk(self, offset: int) -> UserError:
+        return UserError(f"{self.path}: the file ended at byte {offset} while it was being read")
+
+
+class TensorFileWriter:
+    """A safetensors file written piece by piece, in any order; what is never written is zero.
+
+    Bytes that are not written are a hole: they take no disk and read as zeros. The file is
+    complete and on disk when the context ends without an exception.
+
+    Args:
+        path: a file that does not exist yet.
+        tensors: name, dtype and shape of each tensor, in the order of the file.
+        metadata: strings for the header, beside ``format: pt``.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]],
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        self.path = path
+        header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+        end = 0
+        for name, dtype, shape in tensors:
+            begin, end = end, end + math.prod(shape) * dtype.itemsize
+            header[name] = {
+                "dtype": _NAMES[dtype],
+                "shape": list(shape),
+                "data_offsets": [begin, end],
+            }
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._data = 8 + len(text)
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        _write_all(self._fd, memoryview(len(text).to_bytes(8, "little") + text), 0)
+        os.truncate(self._fd, self._data + end)
+        self.tensors, _ = _read_header(path, self._fd)
+
+    def write(self, name: str, rows: torch.Tensor, start: int = 0) -> None:
+        """Write rows of a tensor from row ``start`` on; the dtype must be the declared one."""
+        info = self.tensors[name]
+        if rows.dtype != info.dtype or (info.shape and tuple(rows.shape[1:]) != info.shape[1:]):
+            raise ValueError(f"{name}: {rows.dtype} {tuple(rows.shape)} does not fit {info}")
+        flat = rows.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        offset = info.offset + start * info.row_elements * info.dtype.itemsize
+        _write_all(self._fd, _bytes_of(flat), offset)
+
+    def copy(self, source: TensorFile, info: TensorInfo) -> None:
+        """Copy a tensor of the same name, dtype and shape from another file, byte for byte."""
+        source.copy_range(info.offset, info.nbytes, self._fd, self.tensors[info.name].offset)
+
+    def close(self) -> None:
+        os.fsync(self._fd)
+        os.close(self._fd)
+
+    def __enter__(self) -> TensorFileWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: object, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            os.close(self._fd)
+
+
+def row_blocks(info: TensorInfo, elements: int) -> Iterator[tuple[int, int]]:
+    """Cut a tensor's rows into blocks ``(start, stop)`` of about ``elements`` elements.
+
+    No block has exactly one row unless the tensor has, because a one-row matmul may take another
+    path through the BLAS and give other last bits than the whole matmul.
+    """
+    step = max(2, elements // max(1, info.row_elements))
+    start = 0
+    while start < info.rows:
+        stop = min(start + step, info.rows)
+        if info.rows - stop == 1:
+            stop = info.rows
+        yield start, stop
+        start = stop
+
+
+def _bytes_of(buffer: torch.Tensor) -> memoryview:
+    return memoryview(buffer.numpy())  # type: ignore[arg-type]
+
+
+def _write_all(fd: int, view: memoryview, offset: int) -> None:
+    while view:
+        done = os.pwrite(fd, view, offset)
+        view, offset = view[done:], offset + done
+
+
+def _read_header(path: Path, fd: int) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    size = os.fstat(fd).st_size
+    length = int.from_bytes(os.pread(fd, 8, 0), "little")
+    if size < 8 or length > size - 8:
+        raise UserError(f"{path}: truncated, or not a safetensors file ({size} bytes)")
+    if length > MAX_HEADER_BYTES:
+        raise UserError(f"{path}: header of {length} bytes is over the format's limit")
+    header = _parse_json(path, os.pread(fd, length, 8))
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise UserError(f"{path}: __metadata__ must map strings to strings")
+    data = 8 + length
+    tensors = {name: _tensor_info(path, name, entry, data) for name, entry in header.items()}
+    _check_layout(path, tensors.values(), data, size)
+    return tensors, metadata
+
+
+def _parse_json(path: Path, raw: bytes) -> dict[str, Any]:
+    try:
+        header = json.loads(raw, object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: damaged safetensors header: {error}") from None
+    if not isinstance(header, dict):
+        raise UserError(f"{path}: damaged safetensors header: not a JSON object")
+    return header
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} appears twice")
+    return result
+
+
+def _tensor_info(path: Path, name: str, entry: Any, data: int) -> TensorInfo:
+    if not isinstance(entry, dict):
+        raise UserError(f"{path}: {name}: damaged header entry")
+    dtype: Any = entry.get("dtype")
+    shape: Any = entry.get("shape")
+    offsets: Any = entry.get("data_offsets")
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise UserError(f"{path}: {name}: unsupported dtype {dtype!r}")
+    if not _are_sizes(shape) or len(shape) > 32:
+        raise UserError(f"{path}: {name}: damaged shape in the header")
+    if not _are_sizes(offsets) or len(offsets) != 2:
+        raise UserError(f"{path}: {name}: damaged byte range in the header")
+    begin, end = offsets
+    nbytes = math.prod(shape) * _DTYPES[dtype].itemsize
+    if end - begin != nbytes:
+        raise UserError(
+            f"{path}: {name}: {dtype} {shape} takes {nbytes} bytes, the header gives {end - begin}"
+        )
+    return TensorInfo(name, _DTYPES[dtype], tuple(shape), path, data + begin, nbytes)
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        type(item) is int and 0 <= item < 2**62 for item in value
+    )
+
+
+def _check_layout(path: Path, tensors: Iterable[TensorInfo], data: int, size: int) -> None:
+    """The format wants the tensors to fill the file: no overlap, no gap, no bytes missing."""
+    end = data
+    for info in sorted(tensors, key=lambda info: (info.offset, info.nbytes)):
+        if info.offset != end:
+            word = "overlaps another tensor" if info.offset < end else "leaves a gap before it"
+            raise UserError(f"{path}: {info.name}: its byte range {word}")
+        end = info.offset + info.nbytes
+    if end != size:
+        word = "truncated" if end > size else "longer than its header says"
+        raise UserError(f"{path}: {word}: {size} bytes, the header describes {end}")

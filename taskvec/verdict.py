@@ -1,0 +1,198 @@
+"""From the findings about every parameter to one verdict with its reason."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from taskvec.certificate import common_recipes
+from taskvec.compare import CAST, KINDS, UNEXPLAINED, Comparison, ParameterResult
+
+EXACT, ROUNDING, VIOLATED, INCOMPLETE = "exact", "rounding", "violated", "incomplete"
+
+# A lone deviation from a recipe that gives everything else bit for bit is no rounding from here on.
+_ISOLATED_ULPS = 1.5
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the certificate says of the whole model.
+
+    Attributes:
+        name: exact, rounding, violated or incomplete.
+        reason: one line.
+        recipes: the recipes that reproduce every bit of every adapted parameter.
+        violated: adapted parameters with elements out of bounds, NaN or infinity.
+        missing: adapted parameters that the task vector lacks, or holds as zeros wrongly.
+        isolated: parameters with a few elements that differ from the recipe of all the others.
+        unexplained: parameters that changed though neither adapter nor cast explains it.
+    """
+
+    name: str
+    reason: str
+    recipes: list[str]
+    violated: list[str]
+    missing: list[str]
+    isolated: list[str]
+    unexplained: list[str]
+
+    @property
+    def holds(self) -> bool:
+        return self.name in (EXACT, ROUNDING)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What rounding cost, over all adapted parameters.
+
+    Attributes:
+        relative_error: ‖T - delta‖ / ‖delta‖; None where delta is zero.
+        lost_share: share of the elements with an update whose merged value did not move at all.
+        snr_db: 20 log10(‖delta‖ / ‖T - delta‖); None where nothing was lost.
+        sentence: the same in words.
+    """
+
+    relative_error: float | None
+    lost_share: float
+    snr_db: float | None
+    sentence: str
+
+
+def adapted(results: Sequence[ParameterResult]) -> list[tuple[ParameterResult, Comparison]]:
+    """The parameters that the adapter changes."""
+    return [(result, result.comparison) for result in results if result.comparison is not None]
+
+
+def judge(results: Sequence[ParameterResult]) -> Verdict:
+    """The verdict over all parameters of a model."""
+    pairs = adapted(results)
+    missing = [result.name for result, _ in pairs if result.missing]
+    violated = [
+        result.name
+        for result, comparison in pairs
+        if comparison.certificate.violations and result.name not in missing
+    ]
+    isolated = [name for name in _isolated(pairs) if name not in violated]
+    unexplained = [
+        result.name
+        for result in results
+        if result.comparison is None and result.kind == UNEXPLAINED
+    ]
+    recipes = common_recipes([comparison.certificate for _, comparison in pairs])
+    exact = all(comparison.certificate.reproduced_by for _, comparison in pairs)
+    if violated or isolated:
+        name = VIOLATED
+    elif missing or unexplained:
+        name = INCOMPLETE
+    else:
+        name = EXACT if exact else ROUNDING
+    reason = _reason(name, results, recipes, violated, missing, isolated, unexplained)
+    return Verdict(name, reason, recipes, violated, missing, isolated, unexplained)
+
+
+def merged_precision(results: Sequence[ParameterResult]) -> str:
+    """The format that the adapted parameters are stored in: fp32, fp16, bf16 or mixed."""
+    names = {comparison.certificate.format.name for _, comparison in adapted(results)}
+    return names.pop() if len(names) == 1 else "mixed"
+
+
+def rounding_cost(results: Sequence[ParameterResult]) -> Cost:
+    """What the merge lost to rounding, over all adapted parameters."""
+    pairs = adapted(results)
+    error = sum(comparison.sums.difference_squared for _, comparison in pairs)
+    delta = sum(comparison.sums.delta_squared for _, comparison in pairs)
+    touched = sum(comparison.certificate.changed_by_update for _, comparison in pairs)
+    lost = sum(comparison.certificate.lost for _, comparison in pairs)
+    lost_share = lost / touched if touched else 0.0
+    if not delta:
+        return Cost(None, lost_share, None, "The adapter changes nothing: its delta is zero.")
+    relative = math.sqrt(error / delta)
+    snr = -20 * math.log10(relative) if relative else None
+    kept = max(0.0, 100 * (1 - relative))
+    sentence = (
+        f"In {merged_precision(results)}, this merge keeps {_percent(kept)} of the update: "
+        f"{_percent(100 * relative)} of its norm is error, and {_percent(100 * lost_share)} of "
+        "its elements did not move at all."
+    )
+    return Cost(relative, lost_share, snr, sentence)
+
+
+def attribution(results: Sequence[ParameterResult]) -> dict[str, dict[str, float | int]]:
+    """Per kind: how many parameters, how many elements, what share of ‖T‖²."""
+    total = sum(result.task_vector.squared_norm for result in results)
+    table: dict[str, dict[str, float | int]] = {}
+    for kind in KINDS:
+        chosen = [result for result in results if result.kind == kind]
+        squared = sum(result.task_vector.squared_norm for result in chosen)
+        table[kind] = {
+            "parameters": len(chosen),
+            "elements": sum(result.elements for result in chosen),
+            "squared_norm_share": squared / total if total else 0.0,
+        }
+    return table
+
+
+def _isolated(pairs: Sequence[tuple[ParameterResult, Comparison]]) -> list[str]:
+    """Parameters with a few elements off the recipe that gives everything else bit for bit."""
+    inexact = [
+        (result, comparison.certificate.best_recipe)
+        for result, comparison in pairs
+        if not comparison.certificate.reproduced_by
+    ]
+    if len(inexact) > max(1, len(pairs) // 2):
+        return []
+    return [
+        result.name
+        for result, best in inexact
+        if not best.abandoned and best.largest_mismatch_ulps >= _ISOLATED_ULPS
+    ]
+
+
+def _reason(
+    name: str,
+    results: Sequence[ParameterResult],
+    recipes: list[str],
+    violated: list[str],
+    missing: list[str],
+    isolated: list[str],
+    unexplained: list[str],
+) -> str:
+    pairs = adapted(results)
+    count = len(pairs)
+    if name == VIOLATED:
+        parts = []
+        if violated:
+            elements = sum(c.certificate.violations for r, c in pairs if r.name in violated)
+            parts.append(
+                f"{elements:,} elements of {_listed(violated)} differ from the adapter's delta by "
+                "more than rounding can"
+            )
+        if isolated:
+            parts.append(f"a few elements of {_listed(isolated)} differ from an exact recipe")
+        return "; ".join(parts)
+    if name == INCOMPLETE:
+        parts = []
+        if missing:
+            parts.append(f"the adapter changes {_listed(missing)}, the task vector does not")
+        if unexplained:
+            parts.append(f"{_listed(unexplained)} changed, which the adapter does not explain")
+        return "; ".join(parts)
+    casts = sum(result.kind == CAST for result in results)
+    tail = f"; {casts} more only show the base's own rounding" if casts else ""
+    if name == EXACT:
+        how = f"recipe {recipes[0]!r}" if recipes else "one recipe or another"
+        return f"{how} reproduces every bit of all {count} adapted parameters{tail}"
+    return f"every element of all {count} adapted parameters is within its rounding bound{tail}"
+
+
+def _listed(names: list[str], most: int = 3) -> str:
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{len(names)} parameters ({shown}, ...)"
+
+
+def _percent(value: float) -> str:
+    """Two significant digits at least, and never 100 % of something that is not whole."""
+    if value >= 99.995 and value < 100:
+        return f"{math.floor(value * 1e6) / 1e6:.7g} %"
+    return f"{value:.3g} %" if value < 10 else f"{value:.4g} %"
