@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from taskvec import cli
+from taskvec.wording import number
 
 if TYPE_CHECKING:  # torch is loaded only when there is work to do: --help stays fast
     import torch
@@ -142,7 +143,8 @@ def compare(
     from taskvec.checkpoint import open_checkpoint
     from taskvec.diagnose import diagnose
     from taskvec.output import output_directory, write_json
-    from taskvec.report import Storage, document, text_report
+    from taskvec.report import Storage, document
+    from taskvec.textreport import comparison_report
     from taskvec.verdict import judge
 
     target, torch_device = Path(output_dir), cli.pick_device(device)
@@ -175,7 +177,7 @@ def compare(
         )
         write_json(partial / RESULTS, content)
         if detailed_report:
-            text = text_report(content, architecture=architecture_analysis)
+            text = comparison_report(content, architecture=architecture_analysis)
             (partial / REPORT).write_text(text, encoding="utf-8")
         if generate_plots:
             _draw(content, partial, architecture_analysis)
@@ -256,31 +258,30 @@ def _draw(content: dict[str, Any], directory: Path, architecture: bool) -> None:
 
 
 def print_result(result: ComparisonResult) -> None:
-    """The result lines: numbers as measured, the certificate, and the verdict last."""
+    """The certificate, then the documented lines: numbers as measured, the verdict last."""
     summary = result.summary
     certificate = summary["certificate"]
     cosine, shared = summary["average_cosine_similarity"], summary["shared_parameters"]
     perfect = summary["perfect_matches"]
+    cli.result(f"📜 CERTIFICATE ({certificate['precision']}): {certificate['verdict']}")
+    cli.result(f"   {certificate['reason']}")
+    cli.result(f"   {certificate['cost']['sentence']}")
+    for cause in certificate["diagnosis"]:
+        cli.result(f"   Diagnosis: {cause['sentence']}")
+    cli.result()
     cli.result("🔬 MATHEMATICAL EQUIVALENCE ANALYSIS:")
     cli.result(f"   Analyzing {shared} shared parameters...")
-    cli.result(
-        f"   Average cosine similarity: {'n/a' if cosine is None else format(cosine, '.6f')}"
-    )
+    cli.result(f"   Average cosine similarity: {number(cosine, '.6f')}")
     cli.result(f"   Max absolute difference: {summary['max_absolute_difference']:.2e}")
     cli.result(
         f"   Perfect matches (>0.9999): {perfect}/{shared} "
         f"({100 * perfect / shared if shared else 0:.1f}%)"
     )
-    cli.result(f"   Certificate ({certificate['precision']}): {certificate['verdict']}")
-    cli.result(f"   {certificate['cost']['sentence']}")
     cli.result()
     if result.holds:
         cli.result("✅ VALIDATION SUCCESSFUL: LoRA and Task Vectors are mathematically equivalent!")
     else:
-        cli.result("❌ VALIDATION FAILED: the task vector is not the adapter's delta.")
-    cli.result(f"   Reason: {certificate['reason']}")
-    for cause in certificate["diagnosis"]:
-        cli.result(f"   Diagnosis: {cause['sentence']}")
+        cli.result(f"❌ VALIDATION FAILED: {certificate['reason']}")
 
 
 def _tolerance(text: str) -> float:

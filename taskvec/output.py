@@ -7,10 +7,11 @@ killed leaves at most that temporary directory, and the next run removes it.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ _REPLACED = ".replaced"
 @contextlib.contextmanager
 def output_directory(
     target: Path,
-    is_ours: Callable[[Path], bool] | Iterable[str],
-    inputs: Iterable[Path] = (),
+    is_ours: Callable[[Path], bool] | Collection[str],
+    inputs: Collection[Path] = (),
 ) -> Iterator[Path]:
     """A fresh directory to write into, which becomes ``target`` when the block ends well.
 
@@ -35,28 +36,39 @@ def output_directory(
         inputs: paths that are read meanwhile; ``target`` may not be one, nor lie inside one.
 
     Raises:
-        UserError: ``target`` is a file, holds something else, or is an input.
+        UserError: ``target`` is a file, holds something else, is an input, or is being written by
+            another run.
     """
     target = target.resolve()
     _check_target(target, is_ours, inputs)
-    partial, replaced = _beside(target, _PARTIAL), _beside(target, _REPLACED)
+    partial = _beside(target, _PARTIAL)
     target.parent.mkdir(parents=True, exist_ok=True)
-    _remove(partial)
-    partial.mkdir()
+    lock = _claim(partial)
     try:
         yield partial
+        for path in sorted(partial.rglob("*")):
+            _flush(path)
+        _flush(partial)
+        _check_target(target, is_ours, inputs)  # nobody has put other files there meanwhile
+        _take_place(partial, target)
     except BaseException:
         _remove(partial)
         raise
-    for path in sorted(partial.rglob("*")):
-        _flush(path)
-    _flush(partial)
-    _remove(replaced)
-    if target.exists():
-        target.rename(replaced)
-    partial.rename(target)
-    _flush(target.parent)
-    _remove(replaced)
+    finally:
+        os.close(lock)
+
+
+@contextlib.contextmanager
+def output_file(target: Path) -> Iterator[Path]:
+    """A temporary path beside ``target``, which becomes ``target`` when the block ends well."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f"{_PARTIAL}.{target.name}")  # keeps the suffix, which tells formats
+    try:
+        yield partial
+        _flush(partial)
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -66,7 +78,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def _check_target(
-    target: Path, is_ours: Callable[[Path], bool] | Iterable[str], inputs: Iterable[Path]
+    target: Path, is_ours: Callable[[Path], bool] | Collection[str], inputs: Collection[Path]
 ) -> None:
     for source in inputs:
         original = source.resolve()
@@ -89,6 +101,54 @@ def _check_target(
             f"{target}: holds {foreign[0]}, which is not an output of this script; choose another "
             "--output_dir or remove it"
         )
+
+
+def _claim(partial: Path) -> int:
+    """Make a fresh directory and keep other runs out of it until the descriptor is closed.
+
+    What a killed run left is removed: its lock went with it.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        stale = _lock(partial)
+        try:
+            shutil.rmtree(partial)
+        finally:
+            os.close(stale)
+    partial.mkdir()
+    return _lock(partial)
+
+
+def _lock(directory: Path) -> int:
+    fd = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        ours = os.path.samestat(os.fstat(fd), directory.stat())
+    except (BlockingIOError, FileNotFoundError):
+        ours = False
+    except OSError:  # a file system without locks
+        ours = True
+    if ours:
+        return fd
+    os.close(fd)
+    raise UserError(
+        f"{directory}: another run is writing it; wait for that run, or choose another --output_dir"
+    )
+
+
+def _take_place(partial: Path, target: Path) -> None:
+    """Rename ``partial`` to ``target``; an earlier output gives way only if that succeeds."""
+    replaced = _beside(target, _REPLACED)
+    _remove(replaced)
+    if target.exists():
+        target.rename(replaced)
+    try:
+        partial.rename(target)
+    except BaseException:
+        if replaced.exists():
+            replaced.rename(target)
+        raise
+    _flush(target.parent)
+    _remove(replaced)
 
 
 def _beside(target: Path, suffix: str) -> Path:

@@ -1,7 +1,6 @@
-"""The result of a comparison as JSON and as text.
+"""The result of a comparison as the JSON document from which text and figures are rendered.
 
-The text and the figures are rendered from the JSON document, never from tensors. No NaN and no
-Infinity: what is undefined is null.
+No NaN and no Infinity: what is undefined is null.
 """
 
 from __future__ import annotations
@@ -195,7 +194,3 @@ def _total_histograms(pairs: Sequence[tuple[ParameterResult, Comparison]]) -> di
 
 def _share(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
-
-
-def text_report(content: dict[str, Any], *, architecture: bool) -> str:
-    return ""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from taskvec.certificate import common_recipes
 from taskvec.compare import CAST, KINDS, UNEXPLAINED, Comparison, ParameterResult
+from taskvec.wording import listed, percent
 
 EXACT, ROUNDING, VIOLATED, INCOMPLETE = "exact", "rounding", "violated", "incomplete"
 
@@ -109,11 +110,10 @@ def rounding_cost(results: Sequence[ParameterResult]) -> Cost:
         return Cost(None, lost_share, None, "The adapter changes nothing: its delta is zero.")
     relative = math.sqrt(error / delta)
     snr = -20 * math.log10(relative) if relative else None
-    kept = max(0.0, 100 * (1 - relative))
     sentence = (
-        f"In {merged_precision(results)}, this merge keeps {_percent(kept)} of the update: "
-        f"{_percent(100 * relative)} of its norm is error, and {_percent(100 * lost_share)} of "
-        "its elements did not move at all."
+        f"In {merged_precision(results)}, this merge keeps {percent(max(0.0, 1 - relative))} of "
+        f"the update: {percent(relative)} of its norm is error, and {percent(lost_share)} of its "
+        "elements did not move at all."
     )
     return Cost(relative, lost_share, snr, sentence)
 
@@ -165,18 +165,18 @@ def _reason(
         if violated:
             elements = sum(c.certificate.violations for r, c in pairs if r.name in violated)
             parts.append(
-                f"{elements:,} elements of {_listed(violated)} differ from the adapter's delta by "
+                f"{elements:,} elements of {listed(violated)} differ from the adapter's delta by "
                 "more than rounding can"
             )
         if isolated:
-            parts.append(f"a few elements of {_listed(isolated)} differ from an exact recipe")
+            parts.append(f"a few elements of {listed(isolated)} differ from an exact recipe")
         return "; ".join(parts)
     if name == INCOMPLETE:
         parts = []
         if missing:
-            parts.append(f"the adapter changes {_listed(missing)}, the task vector does not")
+            parts.append(f"the adapter changes {listed(missing)}, the task vector does not")
         if unexplained:
-            parts.append(f"{_listed(unexplained)} changed, which the adapter does not explain")
+            parts.append(f"{listed(unexplained)} changed, which the adapter does not explain")
         return "; ".join(parts)
     casts = sum(result.kind == CAST for result in results)
     tail = f"; {casts} more only show the base's own rounding" if casts else ""
@@ -184,15 +184,3 @@ def _reason(
         how = f"recipe {recipes[0]!r}" if recipes else "one recipe or another"
         return f"{how} reproduces every bit of all {count} adapted parameters{tail}"
     return f"every element of all {count} adapted parameters is within its rounding bound{tail}"
-
-
-def _listed(names: list[str], most: int = 3) -> str:
-    shown = ", ".join(names[:most])
-    return shown if len(names) <= most else f"{len(names)} parameters ({shown}, ...)"
-
-
-def _percent(value: float) -> str:
-    """Two significant digits at least, and never 100 % of something that is not whole."""
-    if value >= 99.995 and value < 100:
-        return f"{math.floor(value * 1e6) / 1e6:.7g} %"
-    return f"{value:.3g} %" if value < 10 else f"{value:.4g} %"

@@ -1,0 +1,147 @@
+"""Do three models that should be the same say the same? Logits on a handful of prompts.
+
+Compared are base + adapter (PEFT, unmerged), the merged model, and base + task vector. Weights are
+taken as stored, whatever their precision, and computed with in fp32, so that what is seen is what
+the merge did to the weights and not the rounding of activations. One model at a time is in memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from taskvec.cli import UserError
+from taskvec.tensorfile import TensorFile, row_blocks
+
+DEFAULT_PROMPTS = (
+    "def read_config(path):\n    with open(path) as file:\n",
+    "import os\nimport sys\n\n\ndef main():\n    parser = argparse.ArgumentParser(",
+    "#ifndef Py_OBJECT_H\n#define Py_OBJECT_H\n#ifdef __cplusplus\nextern ",
+    "/* Return the length of the list, or -1 on error. */\nPyAPI_FUNC(Py_ssize_t) PyList_Size(",
+    "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n",
+)
+# Positions where fp32 roundings of the forward pass alone can differ stay far below this.
+FP32_KL_LIMIT = 1e-4
+
+_BLOCK_ELEMENTS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How near one model's next-token distributions are to the reference's, over all positions.
+
+    Attributes:
+        max_logit_difference: largest |difference| of two logits.
+        mean_kl, max_kl: KL(reference || model) in nats.
+        equal_top1: share of positions with the same most likely token.
+        positions: how many.
+    """
+
+    max_logit_difference: float
+    mean_kl: float
+    max_kl: float
+    equal_top1: float
+    positions: int
+
+
+def prompt_logits(model: Any, token_ids: Sequence[list[int]]) -> list[torch.Tensor]:
+    """Logits (length, vocabulary) fp32 on the CPU, one tensor per prompt."""
+    model.eval()
+    with torch.inference_mode():
+        return [
+            model(torch.tensor([ids], device=model.device)).logits[0].float().cpu()
+            for ids in token_ids
+        ]
+
+
+def agreement(reference: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> Agreement:
+    """Compare two lists of logits (length, vocabulary); the statistics are taken in float64."""
+    expected, found = torch.cat(list(reference)).double(), torch.cat(list(other)).double()
+    log_p, log_q = expected.log_softmax(-1), found.log_softmax(-1)
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0)
+    return Agreement(
+        max_logit_difference=float((expected - found).abs().max()),
+        mean_kl=float(kl.mean()),
+        max_kl=float(kl.max()),
+        equal_top1=float((expected.argmax(-1) == found.argmax(-1)).double().mean()),
+        positions=expected.shape[0],
+    )
+
+
+def tokenize(directory: str, prompts: Sequence[str]) -> list[list[int]]:
+    """Token ids of the prompts by the base's own tokenizer.
+
+    Raises:
+        UserError: the base has no tokenizer that transformers can load.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{directory}: no tokenizer for the behavioural check: {error}") from None
+    return [tokenizer(prompt)["input_ids"] for prompt in prompts]
+
+
+def adapter_logits(
+    base: str, lora: str, token_ids: Sequence[list[int]], device: torch.device
+) -> list[torch.Tensor]:
+    """The reference: the base in fp32 with the adapter beside it, unmerged, by PEFT."""
+    from peft import PeftModel
+
+    with _model(base, device) as model:
+        return prompt_logits(PeftModel.from_pretrained(model, lora), token_ids)
+
+
+def model_logits(
+    model: str, token_ids: Sequence[list[int]], device: torch.device
+) -> list[torch.Tensor]:
+    """Logits of a model directory, its stored weights widened to fp32."""
+    with _model(model, device) as loaded:
+        return prompt_logits(loaded, token_ids)
+
+
+def task_vector_logits(
+    base: str, task_vector: Path, token_ids: Sequence[list[int]], device: torch.device
+) -> list[torch.Tensor]:
+    """Logits of base + task vector, added in fp32."""
+    with _model(base, device) as model, TensorFile(task_vector) as file:
+        _add_task_vector(model, file)
+        return prompt_logits(model, token_ids)
+
+
+@contextlib.contextmanager
+def _model(source: str, device: torch.device) -> Iterator[Any]:
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    warnings.simplefilter("ignore", FutureWarning)  # between PEFT and transformers, not the user's
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).to(device)
+    try:
+        yield model
+    finally:
+        del model
+        gc.collect()
+
+
+def _add_task_vector(model: Any, file: TensorFile) -> None:
+    """Add in place, row block by row block; names may lack the backbone's prefix."""
+    state = model.state_dict()
+    prefix = f"{model.base_model_prefix}."
+    for name, info in file.tensors.items():
+        target = state.get(name, state.get(prefix + name))
+        if target is None:
+            raise UserError(f"{file.path}: {name} is no parameter of the model in transformers")
+        if file.is_hole(info):
+            continue
+        for start, stop in row_blocks(info, _BLOCK_ELEMENTS):
+            target[start:stop] += file.read(info, start, stop).to(target.device)
