@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,13 +40,15 @@ _REFUSED_FLAGS = {
     "target_parameters": "target_parameters is not supported yet",
     "layer_replication": "layer_replication changes the architecture",
     "alora_invocation_tokens": "aLoRA is active for some tokens only, so it has no static delta",
+    "use_qalora": "QA-LoRA pools the inputs, so its delta has another shape",
     "use_bdlora": "BD-LoRA is not supported",
     "arrow_config": "Arrow routes between adapters, so it has no static delta",
     "velora_config": "VeLoRA is not supported",
     "monteclora_config": "MonteCLoRA is not supported",
     "kasa_config": "KaSA is not supported",
 }
-_PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "orthogonal")
+# These start from chosen factors but leave the base as it is.
+_PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 
 
 @dataclass(frozen=True)
@@ -188,7 +190,7 @@ def open_adapter(source: str, base: Checkpoint) -> Iterator[Adapter]:
 
     Raises:
         UserError: not a plain LoRA adapter, a factor without its partner, a module that the base
-            has not got, shapes that do not fit (all named).
+            has not got, shapes that do not fit (all named); a quantised base.
 
     Example:
         with open_checkpoint(b) as base, open_adapter(l, base) as adapter:
@@ -196,11 +198,12 @@ def open_adapter(source: str, base: Checkpoint) -> Iterator[Adapter]:
                 update = adapter.update(name, torch.device("cpu"))
                 rows = update.delta(0, 10)   # (10, in) fp32
     """
+    base.refuse_quantised()  # first: its packed weights would look like wrong shapes
     path = locate_adapter(source)
     config = read_config(path)
     weights = path / WEIGHTS_FILE
     if not weights.is_file():
-        raise UserError(f"{path}: holds no {WEIGHTS_FILE}")
+        raise UserError(f"{path}: holds no {WEIGHTS_FILE}; PEFT's save_pretrained() writes one")
     with TensorFile(weights) as file:
         pairs = _bind(_pairs(file, config), base)
         yield Adapter(
@@ -242,9 +245,9 @@ class LoraConfig:
         """
         r = self._by_pattern("rank_pattern", module, self.values.get("r"))
         alpha = self._by_pattern("alpha_pattern", module, self.values.get("lora_alpha"))
-        if type(r) is not int or r <= 0:
+        if type(r) is not int or not 0 < r < 2**31:
             raise UserError(f"{self.file}: r of {module} is {r!r}, not a positive integer")
-        if type(alpha) not in (int, float) or not math.isfinite(alpha):
+        if type(alpha) not in (int, float) or not abs(alpha) < 1e300:  # NaN neither
             raise UserError(f"{self.file}: lora_alpha of {module} is {alpha!r}, not a number")
         return r, alpha / math.sqrt(r) if self.values.get("use_rslora") else alpha / r
 
@@ -261,43 +264,67 @@ class LoraConfig:
         return default
 
 
+def load_config(path: Path) -> LoraConfig:
+    """adapter_config.json as it is, of whatever kind of adapter.
+
+    Raises:
+        UserError: missing or not JSON.
+    """
+    file = path / CONFIG_FILE
+    if not file.is_file():
+        raise UserError(f"{path}: holds no {CONFIG_FILE}, so its scaling is unknown")
+    return LoraConfig(file, read_json_object(file))
+
+
 def read_config(path: Path) -> LoraConfig:
     """adapter_config.json of a plain LoRA adapter; anything else is refused by name.
 
     Raises:
         UserError: missing, not JSON, or a kind of adapter that is not understood.
     """
-    file = path / CONFIG_FILE
-    if not file.is_file():
-        raise UserError(f"{path}: holds no {CONFIG_FILE}, so its scaling is unknown")
-    config = read_json_object(file)
-    if config.get("peft_type") != "LORA":
-        raise UserError(f"{file}: peft_type is {config.get('peft_type')!r}; only LORA is supported")
+    config = load_config(path)
+    for reason in refusals(config):
+        raise UserError(f"{config.file}: {reason}")
+    return config
+
+
+def refusals(config: LoraConfig) -> Iterator[str]:
+    """Every reason why a configuration is not that of a plain LoRA adapter."""
+    values = config.values
+    if values.get("peft_type") != "LORA":
+        yield f"peft_type is {values.get('peft_type')!r}; only LORA is supported"
     for key, reason in _REFUSED_FLAGS.items():
-        if config.get(key):
-            raise UserError(f"{file}: {key} is set: {reason}")
-    if config.get("bias", "none") != "none":
-        raise UserError(f"{file}: bias is {config['bias']!r}: trained biases are not supported yet")
-    initialisation = config.get("init_lora_weights", True)
+        if values.get(key):
+            yield f"{key} is set: {reason}"
+    if values.get("bias", "none") != "none":
+        yield f"bias is {values['bias']!r}: trained biases are not supported yet"
+    initialisation = values.get("init_lora_weights", True)
     if initialisation not in _PLAIN_INITIALISATIONS:
-        raise UserError(
-            f"{file}: init_lora_weights is {initialisation!r}, which changes the base itself; "
+        yield (
+            f"init_lora_weights is {initialisation!r}, which changes the base itself; "
             "save it as plain LoRA first (PEFT: save_pretrained with "
             "path_initial_model_for_weight_conversion)"
         )
-    return LoraConfig(file, config)
+
+
+def factor_of(name: str) -> tuple[str, str] | None:
+    """The module and side ("A" or "B") of an adapter tensor; None if it is no LoRA factor."""
+    match = _FACTOR.match(name.removeprefix(_PREFIX))
+    if not name.startswith(_PREFIX) or match is None:
+        return None
+    return match["module"], match["side"]
 
 
 def _pairs(file: TensorFile, config: LoraConfig) -> list[_Pair]:
     """The A and B of every module, checked against each other and the configured rank."""
     sides: dict[str, dict[str, TensorInfo]] = {}
     for name, info in file.tensors.items():
-        match = _FACTOR.match(name.removeprefix(_PREFIX))
-        if not name.startswith(_PREFIX) or match is None:
+        factor = factor_of(name)
+        if factor is None:
             raise UserError(f"{file.path}: {name}: not a tensor of a plain LoRA adapter")
         if not info.is_float or len(info.shape) != 2:
             raise UserError(f"{file.path}: {name}: {info.dtype} {info.shape} is no LoRA factor")
-        sides.setdefault(match["module"], {})[match["side"]] = info
+        sides.setdefault(factor[0], {})[factor[1]] = info
     if not sides:
         raise UserError(f"{file.path}: holds no LoRA tensors")
     return [_pair(file.path, module, factors, config) for module, factors in sides.items()]
@@ -330,31 +357,31 @@ def _bind(pairs: list[_Pair], base: Checkpoint) -> dict[str, _Pair]:
 
 
 def _renaming(modules: list[str], base: Checkpoint) -> Callable[[str], str]:
-    """From names in memory to names in the file, which may lack or add one leading part.
+    """The naming rule that fits every module, as a function; the plain one if none does."""
+    for strip, add in naming_rules(modules, base):
+        if all(f"{add}{module.removeprefix(strip)}.weight" in base.tensors for module in modules):
+            return lambda name: add + name.removeprefix(strip)
+    return lambda name: name
+
+
+def naming_rules(modules: Iterable[str], base: Checkpoint) -> list[tuple[str, str]]:
+    """From names in memory to names in the file: leading part to take off, and to put on.
 
     A base saved from its backbone names ``h.0.attn`` what an adapter trained with a head calls
     ``transformer.h.0.attn``; the reverse happens too. One rule must fit every module.
     """
-
-    def fits(strip: str, add: str) -> bool:
-        return all(
-            f"{add}{module.removeprefix(strip)}.weight" in base.tensors for module in modules
-        )
-
     heads = {module.split(".", 1)[0] + "." for module in modules}
-    strips = list(heads) if len(heads) == 1 else []
+    strips = heads if len(heads) == 1 else set()
     adds = sorted({name.split(".", 1)[0] + "." for name in base.tensors})
-    for strip, add in [("", ""), *((head, "") for head in strips), *(("", head) for head in adds)]:
-        if fits(strip, add):
-            return lambda name: add + name.removeprefix(strip)
-    return lambda name: name
+    return [("", ""), *((head, "") for head in strips), *(("", head) for head in adds)]
 
 
 def _orientations(pairs: dict[str, _Pair], base: Checkpoint, config: LoraConfig) -> dict[str, bool]:
     """Whether each parameter is stored (in, out); every shape is checked on the way.
 
     A rectangular weight shows its orientation. A square one does not: there fan_in_fan_out decides,
-    unless the adapter's rectangular weights contradict it.
+    unless the adapter's rectangular weights contradict it (PEFT saves the flag of the module that
+    it wrapped last, which says nothing of the others where a model has both kinds).
     """
     flag = config.fan_in_fan_out
     shown: dict[str, bool] = {}
@@ -369,10 +396,13 @@ def _orientations(pairs: dict[str, _Pair], base: Checkpoint, config: LoraConfig)
             raise UserError(f"{base.source}: {name} is {base.tensors[name].dtype}, not a float")
         if out != into:
             shown[name] = stored == (into, out)
-    if shown and flag not in shown.values() and len(shown) < len(pairs):
-        name = next(name for name in pairs if name not in shown)
+    other = next((name for name in shown if shown[name] != flag), None)
+    if other and len(shown) < len(pairs):
+        square = next(name for name in pairs if name not in shown)
+        mixed = flag in shown.values()
         raise UserError(
-            f"{config.file}: fan_in_fan_out is {flag}, but the rectangular weights say otherwise, "
-            f"so the orientation of the square {name} is not known; correct fan_in_fan_out"
+            f"{config.file}: fan_in_fan_out is {flag}, but {other} is stored the other way, so the "
+            f"orientation of the square {square} is not known; "
+            + ("save each kind as an adapter of its own" if mixed else f"set it to {not flag}")
         )
     return {name: shown.get(name, flag) for name in pairs}
