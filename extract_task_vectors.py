@@ -114,7 +114,7 @@ def extract(
         check_same_architecture(base, merged)
         vector = FormedTaskVector(finetuned_model, merged, FORMATS.get(base_precision))
         tensors = {name: info for name, info in base.tensors.items() if info.is_float}
-        _check_other_tensors(vector, base)
+        _check_other_tensors(vector, base, bar)
         metadata = {BASE_PRECISION: base_precision, MERGED_PRECISION: precision_of(merged)}
         specs = [(name, torch.float32, info.shape) for name, info in tensors.items()]
         with TensorFileWriter(partial / TASK_VECTOR_FILE, specs, metadata) as writer:
@@ -141,7 +141,7 @@ def summarise(
         "nonzero_elements": sum(magnitude.nonzero for magnitude in found.values()),
         "non_finite_elements": sum(magnitude.non_finite for magnitude in found.values()),
         "norm": sum(magnitude.squared_norm for magnitude in found.values()) ** 0.5,
-        "max_abs": max(magnitude.max_abs for magnitude in found.values()),
+        "max_abs": max((magnitude.max_abs for magnitude in found.values()), default=0.0),
         "parameters": {
             name: {
                 "shape": list(tensors[name].shape),
@@ -167,27 +167,31 @@ def _extract_tensor(
     from taskvec.compare import Magnitude
     from taskvec.tensorfile import row_blocks
 
-    magnitude = Magnitude()
+    magnitude, merged_itemsize = Magnitude(), vector.merged.tensors[info.name].dtype.itemsize
     for start, stop in row_blocks(info, BLOCK_ELEMENTS):
         rows = base.read(info.name, start, stop)
         block = vector.block(rows.to(device), info.name, start, stop)
         if bool(block.task_vector.any()):
             magnitude.add(block.task_vector)
             writer.write(info.name, block.task_vector, start)
-        bar.update(2 * rows.nbytes)
+        bar.update(rows.numel() * (info.dtype.itemsize + merged_itemsize))
     return magnitude
 
 
-def _check_other_tensors(vector: FormedTaskVector, base: Checkpoint) -> None:
+def _check_other_tensors(vector: FormedTaskVector, base: Checkpoint, bar: tqdm[Any]) -> None:
     """Tensors that are no floats have no difference to store, so they must be the same."""
     import torch
 
     for name, info in base.tensors.items():
-        if not info.is_float and not torch.equal(base.read(name), vector.merged.read(name)):
+        if info.is_float:
+            continue
+        other = vector.merged.tensors[name]
+        if info.dtype != other.dtype or not torch.equal(base.read(name), vector.merged.read(name)):
             raise cli.UserError(
-                f"{vector.source}: {name} ({info.dtype}) differs from the base's; only float "
-                "tensors can be subtracted"
+                f"{vector.source}: {name} ({other.dtype}) differs from the base's ({info.dtype}); "
+                "only float tensors can be subtracted"
             )
+        bar.update(info.nbytes + other.nbytes)
 
 
 def _body(args: argparse.Namespace) -> int:

@@ -105,7 +105,6 @@ def merge(
         output_directory(target, is_merged_model, [*base.paths, adapter.path]) as partial,
         cli.progress(base.nbytes, f"Merging in {precision}") as bar,
     ):
-        base.refuse_quantised()
         shards = write_model(
             base,
             partial,
@@ -127,7 +126,7 @@ def is_merged_model(directory: Path) -> bool:
     if not (directory / MANIFEST).is_file():
         return False
     files = read_json_object(directory / MANIFEST).get("files")
-    return isinstance(files, list) and {path.name for path in directory.iterdir()} <= set(files)
+    return isinstance(files, list) and all(path.name in files for path in directory.iterdir())
 
 
 def _merged_rows(

@@ -222,8 +222,11 @@ def _locate(source: str, revision: str | None, patterns: list[str]) -> tuple[Pat
     """A local path, or the snapshot of a hub id and its commit."""
     path = Path(source)
     if path.exists():
+        if revision is not None:
+            raise UserError(f"--revision {revision}: only a hub id has revisions; {source} is here")
         return path, None
-    if path.is_absolute() or source.count("/") != 1 or source.startswith(".") or source[-1] == "/":
+    local = path.is_absolute() or source.startswith((".", "~")) or source.endswith("/")
+    if local or source.count("/") > 1 or path.suffix == ".safetensors":
         raise UserError(f"{source}: no such file or directory. {EXAMPLE_HINT}")
     return _download(source, revision, patterns)
 
@@ -245,6 +248,11 @@ def _download(hub_id: str, revision: str | None, patterns: list[str]) -> tuple[P
     except HfHubHTTPError as error:
         raise UserError(
             f"{hub_id}: no such directory, and the hub answered: {error}. {EXAMPLE_HINT}"
+        ) from None
+    except Exception as error:  # whatever the HTTP library of the day raises: proxies, timeouts
+        raise UserError(
+            f"{hub_id}: no such directory, and the download failed: {type(error).__name__}: "
+            f"{error}. {EXAMPLE_HINT}"
         ) from None
     return snapshot, snapshot.name
 

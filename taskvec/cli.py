@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     import torch
     from tqdm import tqdm
 
-EXIT_OK, EXIT_DOES_NOT_HOLD, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
+EXIT_OK, EXIT_DOES_NOT_HOLD, EXIT_BAD_INPUT = 0, 1, 2
+EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 130, 141  # 128 + SIGINT, 128 + SIGPIPE, as a shell has it
 
 DEFAULT_BASE = "bigcode/starcoder2-3b"
 DEFAULT_LORA = "checkpoint-40000/"
@@ -114,7 +115,7 @@ def run(
         return _fail(parser, str(error))
     except BrokenPipeError:  # the reader of a pipe (`| head`) has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_DOES_NOT_HOLD
+        return EXIT_BROKEN_PIPE
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
         return _fail(parser, f"{error.strerror or error}{where}")
@@ -186,6 +187,8 @@ def pick_device(name: str) -> torch.device:
 
 def _fail(parser: argparse.ArgumentParser, message: str) -> int:
     one_line = " ".join(message.split())
+    # Names come out of files that anybody may have made: no control codes to the terminal.
+    one_line = "".join(letter if letter.isprintable() else "?" for letter in one_line)
     print(f"{parser.prog}: error: {one_line}", file=sys.stderr, flush=True)
     return EXIT_BAD_INPUT
 

@@ -18,7 +18,7 @@ import torch
 from taskvec.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
 from taskvec.cli import UserError
 from taskvec.output import write_json
-from taskvec.rounding import Format
+from taskvec.rounding import FP16, Format
 from taskvec.tensorfile import TensorFileWriter, TensorInfo, row_blocks
 
 if TYPE_CHECKING:
@@ -121,9 +121,10 @@ def _refuse_overflow(
     if bool(finite.all()):
         return
     if bool(torch.isfinite(base).all()):
+        advice = "use --precision bf16 or fp32" if format is FP16 else "check the adapter's scaling"
         raise UserError(
             f"{info.name}: {int((~finite).sum())} values overflow {format.name}, whose largest is "
-            f"{format.largest:g}; use --precision bf16 or fp32"
+            f"{format.largest:g}; {advice}"
         )
     raise UserError(f"{info.path}: {info.name}: holds NaN or infinity")
 
@@ -159,10 +160,11 @@ def _split(specs: list[tuple[str, torch.dtype, tuple[int, ...]]], limit: int) ->
 
 
 def _parse_size(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    if not match or match[2].upper() not in _UNITS or float(match[1]) == 0:
+    match = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,9})?)\s*([A-Za-z]*)", text.strip())
+    size = int(float(match[1]) * _UNITS.get(match[2].upper(), 0)) if match else 0
+    if not size:
         raise UserError(f"--max_shard_size {text}: give a size such as 5GB or 500MB")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    return size
 
 
 def _write_index(directory: Path, shards: list[Shard]) -> None:

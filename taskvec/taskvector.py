@@ -169,15 +169,21 @@ def check_same_architecture(base: Checkpoint, other: Checkpoint) -> None:
     """Refuse two models that do not have the same tensors of the same shapes.
 
     Raises:
-        UserError: names the first tensor that is missing or of another shape, with both shapes.
+        UserError: names the first tensor that is missing, of another shape, with both shapes, or
+            a float in one of the two only.
     """
     for name, info in base.tensors.items():
         if name not in other.tensors:
             raise UserError(f"{other.source}: has no {name}, which {base.source} has")
-        if other.tensors[name].shape != info.shape:
+        found = other.tensors[name]
+        if found.shape != info.shape:
             raise UserError(
-                f"{name}: {other.tensors[name].shape} in {other.source}, but {info.shape} in "
-                f"{base.source}"
+                f"{name}: {found.shape} in {other.source}, but {info.shape} in {base.source}"
+            )
+        if found.is_float != info.is_float:
+            raise UserError(
+                f"{name}: {found.dtype} in {other.source}, but {info.dtype} in {base.source}; only "
+                "float tensors can be subtracted"
             )
     for name in other.tensors:
         if name not in base.tensors:

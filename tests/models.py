@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def make_base(
 ) -> Path:
     """Save a small random model; returns its directory."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[family])
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[family]))
     with torch.no_grad():
         for parameter in model.parameters():  # norms and biases too: nothing is exactly 0 or 1
             parameter.add_(torch.randn_like(parameter) * 0.01)

@@ -1,0 +1,161 @@
+"""Adapters that are not plain LoRA, or not of this base: refused by name, never merged by guess."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from taskvec.adapter import open_adapter
+from taskvec.checkpoint import open_checkpoint
+from taskvec.cli import UserError
+from tests.checks import edit_json, edit_tensors
+
+CPU = torch.device("cpu")
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+Q0 = "model.layers.0.self_attn.q_proj"
+KEY = f"base_model.model.{Q0}"
+
+
+def refused(base, adapter, message):
+    """Opening the adapter, or reading its factors, ends in a message."""
+    with pytest.raises(UserError, match=message):
+        with open_checkpoint(str(base)) as model, open_adapter(str(adapter), model) as opened:
+            for name in opened.parameters:
+                opened.update(name, CPU)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"peft_type": "LOHA"}, r"peft_type is 'LOHA'; only LORA is supported"),
+        ({"peft_type": None}, "peft_type is None"),
+        ({"use_dora": True}, "use_dora is set: DoRA"),
+        ({"use_qalora": True}, "use_qalora is set: QA-LoRA"),
+        ({"lora_bias": True}, "lora_bias is set"),
+        ({"bias": "all"}, "bias is 'all': trained biases"),
+        ({"bias": "lora_only"}, "bias is 'lora_only'"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save is set"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices is set"),
+        ({"target_parameters": ["w"]}, "target_parameters is set"),
+        ({"layer_replication": [[0, 1]]}, "layer_replication is set"),
+        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens is set: aLoRA"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', which changes the base"),
+        ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4', which changes the base"),
+        (
+            {"init_lora_weights": "olora"},
+            "'olora', which changes the base itself; save it as plain",
+        ),
+        ({"init_lora_weights": "corda"}, "'corda'"),
+        ({"init_lora_weights": "loftq"}, "'loftq'"),
+        ({"init_lora_weights": "lora_ga"}, "'lora_ga'"),
+        ({"init_lora_weights": ["x"]}, "init_lora_weights is "),
+        ({"r": 0}, r"r of model\.layers.* is 0, not a positive integer"),
+        ({"r": -4}, "is -4, not a positive integer"),
+        ({"r": "4"}, "is '4', not a positive integer"),
+        ({"r": 4.0}, r"is 4\.0, not a positive integer"),
+        ({"r": None}, "is None, not a positive integer"),
+        ({"r": True}, "is True, not a positive integer"),
+        ({"r": 10**400, "use_rslora": True}, "not a positive integer"),
+        ({"r": 8}, r"down_proj: lora_A \(4, 48\) and lora_B \(32, 4\) do not have the rank 8"),
+        ({"lora_alpha": "8"}, "lora_alpha of .* is '8', not a number"),
+        ({"lora_alpha": None}, "lora_alpha of .* is None, not a number"),
+        ({"lora_alpha": True}, "lora_alpha of .* is True, not a number"),
+        ({"lora_alpha": math.inf}, "lora_alpha of .* is inf, not a number"),
+        ({"lora_alpha": math.nan}, "lora_alpha of .* is nan, not a number"),
+        ({"lora_alpha": 10**400}, "lora_alpha of .*, not a number"),
+        ({"rank_pattern": ["q_proj"]}, "rank_pattern is .*, not a mapping"),
+        ({"rank_pattern": {"(": 3}}, r"rank_pattern: '\('"),
+        ({"alpha_pattern": {"q_proj": "8"}}, "lora_alpha of .*q_proj is '8'"),
+    ],
+)
+def test_a_configuration_that_is_not_plain_lora_is_refused_by_name(
+    llama, llama_lora, copied, changes, message
+):
+    adapter = copied(llama_lora)
+    edit_json(adapter / CONFIG, **changes)
+    refused(llama, adapter, rf"adapter_config\.json.*{message}|adapter_model.*{message}")
+
+
+def test_an_adapter_without_its_config_or_weights(llama, llama_lora, copied):
+    adapter = copied(llama_lora)
+    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+    refused(
+        llama, adapter, r"holds no adapter_model\.safetensors; PEFT's save_pretrained\(\) writes"
+    )
+    (adapter / "adapter_config.json").unlink()
+    refused(llama, adapter, r"holds no adapter_config\.json, so its scaling is unknown")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(f"{KEY}.lora_B.weight"), rf"{Q0} has lora_A but no lora_B"),
+        (lambda t: t.pop(f"{KEY}.lora_A.weight"), rf"{Q0} has lora_B but no lora_A"),
+        (lambda t: t.clear(), "holds no LoRA tensors"),
+        (
+            lambda t: t.update({f"{KEY}.lora_magnitude_vector": torch.ones(32)}),
+            "lora_magnitude_vector: not a tensor of a plain LoRA adapter",
+        ),
+        (
+            lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(96, 32)}),
+            r"lm_head\.weight: not a tensor of a plain LoRA adapter",
+        ),
+        (
+            lambda t: t.update({f"{Q0}.lora_A.weight": torch.ones(4, 32)}),
+            r"q_proj\.lora_A\.weight: not a tensor of a plain LoRA adapter",
+        ),
+        (
+            lambda t: t.update({f"{KEY}.lora_A.weight": torch.ones(4, 32, dtype=torch.int32)}),
+            r"lora_A\.weight: torch\.int32 \(4, 32\) is no LoRA factor",
+        ),
+        (
+            lambda t: t.update({f"{KEY}.lora_A.weight": torch.ones(4, 32, 1, 1)}),
+            r"\(4, 32, 1, 1\) is no LoRA factor",
+        ),
+        (
+            lambda t: t.update({f"{KEY}.lora_A.weight": torch.ones(3, 32)}),
+            r"lora_A \(3, 32\) and lora_B \(32, 4\) do not have the rank 4",
+        ),
+        (
+            lambda t: t.update({f"{KEY}.lora_A.weight": torch.ones(4, 31)}),
+            r"B @ A is \(32, 31\), but model\.layers\.0\.self_attn\.q_proj\.weight in .* is "
+            r"\(32, 32\)",
+        ),
+        (
+            lambda t: t.update({f"{KEY}.lora_B.weight": torch.ones(64, 4)}),
+            r"B @ A is \(64, 32\), but .* is \(32, 32\)",
+        ),
+        (
+            lambda t: t[f"{KEY}.lora_A.weight"][2, 5:7].fill_(math.nan),
+            r"q_proj\.lora_A\.weight: 2 values are NaN or infinite",
+        ),
+        (
+            lambda t: t[f"{KEY}.lora_B.weight"][0, 0].fill_(-math.inf),
+            r"q_proj\.lora_B\.weight: 1 values are NaN or infinite",
+        ),
+    ],
+)
+def test_tensors_that_are_no_plain_lora_are_refused_by_name(
+    llama, llama_lora, copied, change, message
+):
+    adapter = copied(llama_lora)
+    edit_tensors(adapter / WEIGHTS, change)
+    refused(llama, adapter, rf"adapter_model\.safetensors: .*{message}")
+
+
+def test_a_base_parameter_that_is_no_float_is_refused(llama, llama_lora, copied):
+    base = copied(llama)
+    packed = torch.ones(32, 32, dtype=torch.int8)
+    edit_tensors(base / "model.safetensors", lambda t: t.update({f"{Q0}.weight": packed}))
+    refused(base, llama_lora, r"q_proj\.weight is torch\.int8, not a float")
+
+
+def test_a_quantised_base_is_called_that_and_not_misshapen(llama, llama_lora, copied):
+    base = copied(llama)
+    quantisation = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    edit_json(base / "config.json", quantization_config=quantisation)
+    packed = torch.ones(512, 1, dtype=torch.uint8)  # as bitsandbytes packs it
+    edit_tensors(base / "model.safetensors", lambda t: t.update({f"{Q0}.weight": packed}))
+    refused(base, llama_lora, r"is quantised \(bitsandbytes\)")
