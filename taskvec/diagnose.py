@@ -1,35 +1,28 @@
-"""Why a certificate does not hold: what most likely happened, from tests on the data."""
+"""Why a certificate does not hold: what most likely happened, from tests on the data.
+
+Every failing parameter is read again and tested against what can go wrong in a merge
+(`taskvec.diagnosis.findings`); a few of those that nothing explains are taken apart by their
+singular values (`taskvec.diagnosis.remaining`). What was found becomes one cause, or several where
+several things happened.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 
 from taskvec.adapter import Adapter
 from taskvec.checkpoint import Checkpoint
 from taskvec.compare import ParameterResult
+from taskvec.diagnosis.case import Case
+from taskvec.diagnosis.causes import Cause, marginal_cause, simple_causes
+from taskvec.diagnosis.findings import examine
+from taskvec.diagnosis.remaining import remaining_causes
 from taskvec.taskvector import TaskVector
+from taskvec.verdict import adapted
 
-
-@dataclass(frozen=True)
-class Cause:
-    """One likely cause.
-
-    Attributes:
-        cause: its name, stable for programs.
-        sentence: the same for people, with the numbers.
-        evidence: the numbers.
-    """
-
-    cause: str
-    sentence: str
-    evidence: dict[str, Any]
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
+__all__ = ["Cause", "diagnose"]
 
 
 def diagnose(
@@ -39,4 +32,24 @@ def diagnose(
     results: Sequence[ParameterResult],
     device: torch.device,
 ) -> list[Cause]:
-    return []
+    """Say why a merge is not base + adapter.
+
+    Args:
+        base, adapter, vector: as they were compared.
+        results: of all parameters, as the comparison found them.
+        device: where the arithmetic runs.
+
+    Returns:
+        causes, the one that explains most parameters first; empty for a merge that holds. Their
+        names: nothing_merged, some_modules_not_merged, scaled, transposed, misplaced,
+        merged_and_unmerged, lower_precision_base, lower_precision_adapter, wrong_base,
+        other_adapter, additional_adapter, further_training, corrupted, overflow, unknown.
+    """
+    format = adapted(results)[0][1].certificate.format
+    case = Case(base, adapter, vector, device, format)
+    findings = examine(case, results)
+    remaining = remaining_causes(case, findings)  # first: it may take other findings in
+    causes = [*simple_causes(findings, adapter), *remaining]
+    if findings.marginal and not causes:
+        causes.append(marginal_cause(findings))
+    return sorted(causes, key=lambda cause: -cause.weight)

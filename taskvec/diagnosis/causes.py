@@ -1,0 +1,395 @@
+"""What was found about single parameters, as causes in plain sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence, Sized
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from taskvec.adapter import Adapter
+from taskvec.architecture import fold_names
+from taskvec.compare import CAST
+from taskvec.diagnosis.factors import FactorTest
+from taskvec.diagnosis.findings import Findings
+from taskvec.diagnosis.merges import REMERGED, UNMERGED_AGAIN, readings
+from taskvec.diagnosis.outliers import Outliers
+from taskvec.rounding import FP16, FP32, Format
+from taskvec.verdict import adapted
+
+
+@dataclass(frozen=True)
+class Cause:
+    """One likely cause.
+
+    Attributes:
+        cause: its name, stable for programs.
+        sentence: the same for people, with the numbers.
+        evidence: the numbers.
+        weight: how many failing parameters it explains.
+    """
+
+    cause: str
+    sentence: str
+    evidence: dict[str, Any]
+    weight: int
+
+    def as_json(self) -> dict[str, Any]:
+        return {key: value for key, value in asdict(self).items() if key != "weight"}
+
+
+def simple_causes(findings: Findings, adapter: Adapter) -> list[Cause]:
+    """The causes that need no look at the structure of what is left."""
+    return [
+        *_overflow(findings),
+        *_unmerged(findings),
+        *_partly_unmerged(findings),
+        *_lower_precision_base(findings),
+        *_lower_precision_adapter(findings),
+        *_transposed(findings),
+        *_misplaced(findings),
+        *_unmerged_again(findings),
+        *_scaled(findings, adapter),
+        *_damaged(findings),
+    ]
+
+
+def named(names: Sequence[str]) -> str:
+    """Parameters in words: names that differ in their layer only are folded into one."""
+    folded = fold_names(names)
+    shown = ", ".join(folded[:3])
+    return shown if len(folded) <= 3 else f"{len(names)} parameters ({shown}, ...)"
+
+
+def whole(names: Sequence[str], findings: Findings) -> str:
+    """The same, where they may be all that the adapter changes."""
+    if set(names) == set(findings.adapted):
+        return f"all {len(names)} adapted parameters" if len(names) > 1 else names[0]
+    return named(names)
+
+
+def counted(things: Sized, what: str = "parameter") -> str:
+    """How many, with the noun in its number."""
+    return f"{len(things):,} {what}{'' if len(things) == 1 else 's'}"
+
+
+def _overflow(findings: Findings) -> list[Cause]:
+    if not findings.overflow:
+        return []
+    count = sum(outliers.count for outliers in findings.overflow)
+    first = findings.overflow[0]
+    place = first.shown[0]
+    format = FP16 if findings.format is FP32 else findings.format
+    sentence = (
+        f"Overflow: {count:,} elements of {counted(findings.overflow)} are beyond what "
+        f"{format.name} holds ({format.largest:g}), first {first.name}, row {place['row']}, column "
+        f"{place['column']}: {_shown(place['expected'])} is stored as {_shown(place['merged'])}."
+    )
+    return [Cause("overflow", sentence, _places(findings.overflow), len(findings.overflow))]
+
+
+def _unmerged(findings: Findings) -> list[Cause]:
+    names, total = list(findings.unmerged), len(findings.adapted)
+    if not names:
+        return []
+    casts = sorted({" then ".join(f.name for f in chain) for chain in findings.unmerged.values()})
+    rounded = [cast for cast in casts if cast]
+    as_stored = f", rounded to {' or '.join(rounded)}" if rounded else ""
+    evidence = {"parameters": names, "adapted_parameters": total, "rounded_to": rounded}
+    if len(names) + _unmoved(findings) == total:
+        sentence = (
+            f"Nothing was merged: all {total} adapted parameters are the base's own{as_stored}, "
+            "bit for bit."
+        )
+        return [Cause("nothing_merged", sentence, evidence, total)]
+    sentence = (
+        f"Not merged: {named(names)} ({len(names)} of {total} adapted parameters), which are the "
+        f"base's own{as_stored}, bit for bit."
+    )
+    return [Cause("some_modules_not_merged", sentence, evidence, len(names))]
+
+
+def _partly_unmerged(findings: Findings) -> list[Cause]:
+    parts = [outliers for outliers in findings.damage if outliers.unmerged]
+    if not parts:
+        return []
+    shown = ", ".join(outliers.where for outliers in parts[:3])
+    more = f" and {len(parts) - 3} more parameters" if len(parts) > 3 else ""
+    sentence = f"Not merged: {shown}{more}, which are the base's own; the rest of them is merged."
+    return [Cause("some_modules_not_merged", sentence, _places(parts), len(parts))]
+
+
+def _unmoved(findings: Findings) -> int:
+    """Adapted parameters that hold although not one element moved: rounding may lose them all."""
+    return sum(
+        comparison.certificate.lost == comparison.certificate.changed_by_update
+        and result.name not in findings.unmerged
+        and not comparison.certificate.violations
+        for result, comparison in adapted(findings.results)
+    )
+
+
+def _lower_precision_base(findings: Findings) -> list[Cause]:
+    """One cause for each format, and for each way in which it was used."""
+    groups: dict[tuple[Format, bool], list[str]] = {}
+    for name, agreement in findings.merges.items():
+        merge = agreement.merge
+        if merge.base_format is not None:
+            groups.setdefault((merge.base_format, False), []).append(name)
+        elif merge.format is not findings.format:
+            groups.setdefault((merge.format, True), []).append(name)
+    for name, test in findings.factors.items():
+        if test.base_format is not None:
+            groups.setdefault((test.base_format, False), []).append(name)
+    for name, chain in findings.rounded.items():
+        computed = (chain[0], True) in groups
+        groups.setdefault((chain[0], computed), []).append(name)
+    return [_rounded_first(findings, *key, names) for key, names in groups.items()]
+
+
+def _rounded_first(findings: Findings, format: Format, computed: bool, names: list[str]) -> Cause:
+    casts = [
+        result.name
+        for result in findings.results
+        if result.kind == CAST and result.cast_format == format.name
+    ]
+    stored = findings.format.name
+    how = (
+        f"the merge was computed in {format.name} and then stored as {stored}"
+        if computed
+        else f"the base was rounded to {format.name} before the adapter was added in {stored}"
+    )
+    seen = whole(names, findings) + (f" and {counted(casts, 'other')}" if casts else "")
+    sentence = f"Merged from a lower-precision base: {how} (seen in {seen})."
+    evidence = {
+        "format": format.name,
+        "stored_as": stored,
+        "computed_in": format.name if computed else stored,
+        "parameters": names,
+        "cast_parameters": casts,
+    }
+    return Cause("lower_precision_base", sentence, evidence, len(names))
+
+
+_TF32_OR_FP16 = "TF32 or fp16"  # both keep 11 bits of a factor
+
+
+def _lower_precision_adapter(findings: Findings) -> list[Cause]:
+    groups: dict[str, list[str]] = {}
+    for name, agreement in findings.merges.items():
+        merge = agreement.merge
+        if merge.delta_format is FP16 and not merge.recipe.round_delta:
+            groups.setdefault(_TF32_OR_FP16, []).append(name)
+        elif merge.delta_format is not None:
+            groups.setdefault(merge.delta_format.name, []).append(name)
+    for name, test in findings.factors.items():
+        if test.tf32:
+            groups.setdefault("TF32", []).append(name)
+    if "TF32" in groups:  # then that is what it was where it looks like either
+        groups["TF32"] += groups.pop(_TF32_OR_FP16, [])
+    return [
+        Cause(
+            "lower_precision_adapter",
+            f"The adapter's delta was computed in {format}, not in fp32, in "
+            f"{whole(names, findings)}.",
+            {"format": format, "parameters": names},
+            len(names),
+        )
+        for format, names in groups.items()
+    ]
+
+
+def _transposed(findings: Findings) -> list[Cause]:
+    by_bits = {n: found for n, found in findings.merges.items() if found.merge.transposed}
+    by_bounds = {name: test for name, test in findings.factors.items() if test.transposed}
+    names = [*by_bits, *by_bounds]
+    if not names:
+        return []
+    sentence = (
+        f"The delta was added transposed to {whole(names, findings)}: its transpose explains "
+        "every element that moved, or nearly every one."
+    )
+    evidence = {
+        "parameters": names,
+        "reproduced_share": min((1 - f.missed_share for f in by_bits.values()), default=None),
+    }
+    return [Cause("transposed", sentence, evidence, len(names))]
+
+
+def _misplaced(findings: Findings) -> list[Cause]:
+    names = list(findings.misplaced)
+    if not names:
+        return []
+    sentence = (
+        f"Updates were added to the wrong parameters: {names[0]} got that of "
+        f"{findings.misplaced[names[0]]}"
+    )
+    sentence += f", and {len(names) - 1} more are mixed up." if names[1:] else "."
+    return [Cause("misplaced", sentence, {"update_of": findings.misplaced}, len(names))]
+
+
+def marginal_cause(findings: Findings) -> Cause:
+    """When a few elements at the edge of their bounds are all that was found."""
+    names = [result.name for result in findings.marginal]
+    tallies = [
+        found.certificate.tally
+        for result, found in adapted(findings.results)
+        if result.name in names
+    ]
+    count = sum(tally.violations for tally in tallies)
+    ratio = max(tally.max_ratio for tally in tallies)
+    what = (
+        f"{count} elements of {named(names)} are out of their bounds by a factor of {ratio:.3g} at "
+        "most, and no recipe reproduces the others bit for bit"
+        if count
+        else f"a few elements of {named(names)} differ from the recipe that reproduces the others, "
+        "but by no more than another matmul would make them"
+    )
+    sentence = f"Not explained: {what}. That is too little to tell damage from another change."
+    evidence = {"parameters": names, "elements": count, "max_ratio_to_bound": ratio}
+    return Cause("unknown", sentence, evidence, len(names))
+
+
+def _unmerged_again(findings: Findings) -> list[Cause]:
+    causes = []
+    for reading, effect in (
+        (UNMERGED_AGAIN, "only the rounding of that is left"),
+        (REMERGED, "each time it was rounded"),
+    ):
+        names = [n for n, found in findings.merges.items() if reading in found.merge.readings]
+        names += [n for n, test in findings.factors.items() if _undone(test) == reading]
+        if names:
+            sentence = f"The adapter was {reading} in {whole(names, findings)}: {effect}."
+            evidence = {"parameters": names, "reading": reading}
+            causes.append(Cause("merged_and_unmerged", sentence, evidence, len(names)))
+    return causes
+
+
+def _undone(test: FactorTest) -> str | None:
+    """Which of the two it was, if one."""
+    if test.vanishes:
+        return UNMERGED_AGAIN
+    return REMERGED if test.sums > 1 and test.allows(1.0) else None
+
+
+# A factor that comes of several roundings is not met exactly; no two readings are so near.
+_SLACK = 1e-5
+
+
+@dataclass
+class _Scaled:
+    """Parameters that were scaled by one factor, or wrongly for one reason."""
+
+    readings: list[str]
+    low: float
+    high: float
+    names: list[str] = field(default_factory=list)
+    factors: list[float] = field(default_factory=list)
+    reproduced: list[float] = field(default_factory=list)
+
+    def takes(self, other: _Scaled) -> bool:
+        if self.readings or other.readings:
+            return bool(set(self.readings) & set(other.readings))
+        return max(self.low, other.low) <= min(self.high, other.high)
+
+    def take(self, other: _Scaled) -> None:
+        self.readings = [text for text in self.readings if text in other.readings]
+        self.low, self.high = max(self.low, other.low), min(self.high, other.high)
+        self.names += other.names
+        self.factors += other.factors
+        self.reproduced += other.reproduced
+
+
+def _scaled(findings: Findings, adapter: Adapter) -> list[Cause]:
+    groups: list[_Scaled] = []
+    for single in [*_scaled_by_bits(findings), *_scaled_by_bounds(findings, adapter)]:
+        group = next((group for group in groups if group.takes(single)), None)
+        if group is None:
+            groups.append(single)
+        else:
+            group.take(single)
+    return [_scaled_cause(findings, group) for group in groups]
+
+
+def _scaled_by_bits(findings: Findings) -> list[_Scaled]:
+    found = []
+    for name, agreement in findings.merges.items():
+        merge = agreement.merge
+        if merge.readings and not {UNMERGED_AGAIN, REMERGED} & set(merge.readings):
+            factor = sum(merge.scalings) / findings.scaling(name)
+            share = 1 - agreement.missed_share
+            found.append(_Scaled(list(merge.readings), factor, factor, [name], [factor], [share]))
+    return found
+
+
+def _scaled_by_bounds(findings: Findings, adapter: Adapter) -> list[_Scaled]:
+    found = []
+    rslora = bool(adapter.config.values.get("use_rslora"))
+    for name, test in findings.factors.items():
+        if test.vanishes or test.allows(1.0):  # another of the test's assumptions explains T
+            continue
+        scaling = findings.scaling(name)
+        texts = [
+            text
+            for value, names in readings(scaling, test.update.rank, rslora).items()
+            if test.allows(value / scaling, _SLACK)
+            for text in names
+        ]
+        found.append(_Scaled(texts, test.low, test.high, [name], [test.factor]))
+    return found
+
+
+def _scaled_cause(findings: Findings, group: _Scaled) -> Cause:
+    low, high = min(group.factors), max(group.factors)
+    by = f"{low:.6g}" if high - low <= 1e-6 * abs(low) else f"{low:.6g} to {high:.6g}"
+    words = f": {', or '.join(group.readings)}" if group.readings else ""
+    sentence = f"The adapter was scaled by {by} in {whole(group.names, findings)}{words}."
+    evidence = {
+        "factor": group.factors[0],
+        "factors": dict(zip(group.names, group.factors, strict=True)),
+        "readings": group.readings,
+        "parameters": group.names,
+        "reproduced_share": min(group.reproduced) if group.reproduced else None,
+    }
+    return Cause("scaled", sentence, evidence, len(group.names))
+
+
+def _damaged(findings: Findings) -> list[Cause]:
+    damage = [outliers for outliers in findings.damage if not outliers.unmerged]
+    if not damage:
+        return []
+    damage.sort(key=lambda outliers: -outliers.count)
+    count = sum(outliers.count for outliers in damage)
+    shown = ", ".join(outliers.where for outliers in damage[:3])
+    more = f" and {len(damage) - 3} more parameters" if len(damage) > 3 else ""
+    first = damage[0].shown[0]
+    verb = "is" if count == 1 else "are"
+    sentence = (
+        f"Corrupted: {shown}{more} {verb} not what base + adapter gives, the rest is. Row "
+        f"{first['row']}, column {first['column']} holds {_shown(first['merged'])} instead of "
+        f"{_shown(first['expected'])}."
+    )
+    return [Cause("corrupted", sentence, _places(damage), len(damage))]
+
+
+def _shown(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.9g}"
+
+
+def _places(found: Sequence[Outliers]) -> dict[str, Any]:
+    return {
+        "elements": sum(outliers.count for outliers in found),
+        "parameters": [
+            {
+                "parameter": outliers.name,
+                "elements": outliers.count,
+                "rows": len(outliers.rows),
+                "first_row": min(outliers.rows),
+                "last_row": max(outliers.rows),
+                "columns": len(outliers.columns),
+                "first_column": min(outliers.columns),
+                "last_column": max(outliers.columns),
+                "first_elements": outliers.shown,
+            }
+            for outliers in found
+        ],
+    }

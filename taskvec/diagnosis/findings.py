@@ -1,0 +1,153 @@
+"""What is wrong with each parameter that fails its certificate, one parameter at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from taskvec.compare import UNEXPLAINED, Comparison, ParameterResult
+from taskvec.diagnosis.case import Case, unmerged_as
+from taskvec.diagnosis.factors import FactorTest, factor_test, misplaced_from
+from taskvec.diagnosis.merges import Agreement, best_merge
+from taskvec.diagnosis.outliers import (
+    Outliers,
+    damage_of_unadapted,
+    locate,
+    non_finite,
+    off_the_merge,
+    out_of_bounds,
+)
+from taskvec.rounding import Format
+from taskvec.verdict import adapted, judge
+
+# Where no recipe reproduces the others: so few elements so near to their bounds tell nothing, and
+# damage to scattered elements has to be so far out.
+_FEW, _NEAR, _FAR = 16, 2.0, 8.0
+
+
+@dataclass
+class Findings:
+    """The failing parameters, sorted by what is wrong with them.
+
+    Attributes:
+        results: of all parameters.
+        format: what the adapted parameters are stored in.
+        unmerged: adapted parameters that are the base's, and the roundings on the way.
+        merges: adapted parameters that a wrong merge reproduces.
+        factors: adapted parameters that are base + c * delta within rounding.
+        misplaced: adapted parameters that got the update of another one, and whose.
+        marginal: adapted parameters with a few elements just outside their bounds.
+        rounded: unadapted parameters that were rounded more than once, and to what.
+        overflow, damage: elements that stand out.
+        rest: adapted parameters that none of these explains.
+        changed: unadapted parameters that none of these explains.
+    """
+
+    results: Sequence[ParameterResult]
+    format: Format
+    unmerged: dict[str, tuple[Format, ...]] = field(default_factory=dict)
+    merges: dict[str, Agreement] = field(default_factory=dict)
+    factors: dict[str, FactorTest] = field(default_factory=dict)
+    misplaced: dict[str, str] = field(default_factory=dict)
+    marginal: list[ParameterResult] = field(default_factory=list)
+    rounded: dict[str, tuple[Format, ...]] = field(default_factory=dict)
+    overflow: list[Outliers] = field(default_factory=list)
+    damage: list[Outliers] = field(default_factory=list)
+    rest: list[ParameterResult] = field(default_factory=list)
+    changed: list[ParameterResult] = field(default_factory=list)
+
+    @property
+    def adapted(self) -> list[str]:
+        """Names of all parameters that the adapter changes."""
+        return [result.name for result, _ in adapted(self.results)]
+
+    def scaling(self, name: str) -> float:
+        """s of an adapted parameter."""
+        return next(found.scaling for result, found in adapted(self.results) if result.name == name)
+
+
+def examine(case: Case, results: Sequence[ParameterResult]) -> Findings:
+    """Test every failing parameter."""
+    pairs = adapted(results)
+    isolated = set(judge(results).isolated)
+    findings = Findings(results, case.format)
+    for result, comparison in pairs:
+        if result.task_vector.non_finite:
+            _sort_non_finite(case, result, findings)
+        if comparison.certificate.tally.violations or result.name in isolated:
+            _examine_adapted(case, result, comparison, findings)
+    _find_misplaced(case, findings)
+    for result in results:
+        if result.comparison is None and result.kind == UNEXPLAINED:
+            _examine_unadapted(case, result, findings)
+    return findings
+
+
+def _find_misplaced(case: Case, findings: Findings) -> None:
+    """Try other parameters' updates, on all that is left if they explain the first of it."""
+    rest, findings.rest = findings.rest, []
+    for result in rest:
+        first_failed = findings.rest and not findings.misplaced
+        if result.comparison is None or first_failed:
+            findings.rest.append(result)
+        elif source := misplaced_from(case, result, result.comparison):
+            findings.misplaced[result.name] = source
+        else:
+            findings.rest.append(result)
+
+
+def _sort_non_finite(case: Case, result: ParameterResult, findings: Findings) -> None:
+    overflow, damage = non_finite(case, result)
+    findings.overflow += [overflow] if overflow.count else []
+    findings.damage += [damage] if damage.count else []
+
+
+def _examine_adapted(
+    case: Case, result: ParameterResult, comparison: Comparison, findings: Findings
+) -> None:
+    chain = unmerged_as(case, result.name)
+    if chain is not None:
+        findings.unmerged[result.name] = chain
+        return
+    agreement = best_merge(case, result, comparison)
+    if agreement is not None and agreement.merge.wrong:
+        findings.merges[result.name] = agreement
+        return
+    tally = comparison.certificate.tally
+    if agreement is not None and agreement.clean:
+        finder = off_the_merge(case, result, comparison, agreement.merge)
+        outliers = locate(case, result.name, finder)
+        if not outliers.count:
+            findings.marginal.append(result)
+            return
+        if outliers.few or outliers.together:
+            findings.damage.append(outliers)
+            return
+    elif tally.violations <= _FEW and tally.max_ratio <= _NEAR:
+        findings.marginal.append(result)
+        return
+    elif test := factor_test(case, result, comparison):
+        findings.factors[result.name] = test
+        return
+    elif 2 * tally.violations <= result.elements:
+        finder = out_of_bounds(case, result, comparison)
+        outliers = locate(case, result.name, finder)
+        if outliers.together or (outliers.few and tally.max_ratio >= _FAR):
+            findings.damage.append(outliers)
+            return
+    findings.rest.append(result)
+
+
+def _examine_unadapted(case: Case, result: ParameterResult, findings: Findings) -> None:
+    if result.task_vector.non_finite:
+        _sort_non_finite(case, result, findings)
+    chain = unmerged_as(case, result.name)
+    if chain is not None:  # as it should be, but for what is not finite, or rounded twice
+        if chain not in ((), (case.format_of(result.name),)):
+            findings.rounded[result.name] = chain
+        return
+    outliers = damage_of_unadapted(case, result.name)
+    if outliers.few or outliers.together:
+        findings.damage += [outliers] if outliers.count else []
+    else:
+        findings.changed.append(result)

@@ -1,0 +1,281 @@
+"""What is in a task vector that no simple mistake of merging explains: its rank, and its parts.
+
+A merged LoRA, or a second one on top, is of low rank; training all weights, or another base, is
+not. Ranks are counted above the floor that rounding noise alone can reach (`taskvec.spectrum`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from taskvec.adapter import Update
+from taskvec.compare import Comparison, ParameterResult
+from taskvec.diagnosis.case import Case, merged_rows
+from taskvec.diagnosis.factors import tolerance
+from taskvec.noisefloor import NoiseProfile, rounding_variance
+from taskvec.rounding import half_ulp
+from taskvec.spectrum import (
+    DENSE_ELEMENTS,
+    DENSE_SIDE,
+    Spectrum,
+    krylov_spectrum,
+    low_rank_spectrum,
+    spectrum,
+    subspace_similarity,
+)
+
+ADDITIONAL, OTHER, RESCALED = "additional", "other", "rescaled"
+FURTHER, GONE, UNRELATED = "further", "gone", "unrelated"
+
+# Rounding errors are not quite random (an update below half an ulp is lost as a whole), so what
+# stands for more than noise has to exceed it by this much, in amplitude and in energy.
+_MARGIN = 1.25
+_SPARE_RANK = 24  # ranks are counted up to twice the adapter's and this
+_SAME_SUBSPACE = 0.9
+_SIGMAS = 4.0
+
+# (first row, rows (b, n) float64) of a matrix, block by block; may be called again and again.
+Rows = Callable[[], Iterator[tuple[int, torch.Tensor]]]
+
+
+@dataclass(frozen=True)
+class Structure:
+    """A matrix seen through rounding noise.
+
+    Attributes:
+        rank: singular values above the noise, counted up to a limit.
+        low: the matrix is of that rank, up to noise.
+        left, right: (m, rank), (n, rank) orthonormal: its leading singular vectors.
+        squared_norm: ‖A‖_F^2.
+        noise_energy: what rounding alone may contribute to that.
+    """
+
+    rank: int
+    low: bool
+    left: torch.Tensor
+    right: torch.Tensor
+    squared_norm: float
+    noise_energy: float
+
+
+@dataclass(frozen=True)
+class Remainder:
+    """What one parameter holds.
+
+    Attributes:
+        kind: ADDITIONAL (delta and a low-rank rest), OTHER (low rank, but not delta), RESCALED
+            (delta by another factor), FURTHER (delta and a rest of no low rank), GONE (nothing but
+            noise of the size of rounding) or UNRELATED.
+        evidence: the numbers.
+    """
+
+    name: str
+    kind: str
+    evidence: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Slope:
+    """Least-squares c of T = c * delta + rest over some parameters, with its standard error.
+
+    The error is that of a rest which knows nothing of delta.
+    """
+
+    value: float
+    error: float
+
+    @property
+    def contained(self) -> bool:
+        """T holds delta about once, which chance does not give."""
+        return 0.5 < self.value < 1.5 and self.value >= _SIGMAS * self.error
+
+    @property
+    def absent(self) -> bool:
+        """T holds nothing of delta, which would have shown."""
+        return abs(self.value) <= _SIGMAS * self.error <= 0.5
+
+
+def pooled_slope(results: Sequence[ParameterResult]) -> Slope:
+    """The slope over all the adapted ones of some parameters, from the sums of the first pass."""
+    sums = [result.comparison.sums for result in results if result.comparison is not None]
+    delta = sum(item.delta_squared for item in sums)
+    if not delta:
+        return Slope(0.0, math.inf)
+    value = sum(item.product for item in sums) / delta
+    variance = 0.0
+    for item in sums:  # ‖T - c delta‖^2 = ‖T - delta‖^2 + 2 (1 - c) <T - delta, delta> + ...
+        cross = item.product - item.delta_squared
+        rest = item.difference_squared + 2 * (1 - value) * cross
+        rest += (1 - value) ** 2 * item.delta_squared
+        variance += max(rest, 0.0) / max(item.elements, 1) * item.delta_squared
+    return Slope(value, math.sqrt(variance) / delta)
+
+
+def adapted_remainder(
+    case: Case, result: ParameterResult, comparison: Comparison, slope: Slope
+) -> Remainder:
+    """What the task vector of an adapted parameter is made of.
+
+    If T = delta + L, then rank(T - delta) = rank(T) - r; if T is another adapter's, the rank of
+    T - delta is the higher one. That tells the two apart without a threshold on any angle.
+    """
+    update = case.update(result.name)
+    noise = _adapted_noise(case, result, comparison, update)
+    limit = 2 * update.rank + _SPARE_RANK
+    whole = _structure(_rows(case, result.name, None), result.shape, noise, limit)
+    rest = _structure(_rows(case, result.name, update), result.shape, noise, limit)
+    delta = _delta_spectrum(update)
+    overlap = min(_overlap(whole.left, delta.left), _overlap(whole.right, delta.right))
+    kind = _kind(comparison, whole, rest, overlap, slope)
+    return Remainder(
+        result.name,
+        kind,
+        {
+            "rank": whole.rank,
+            "low_rank": whole.low,
+            "rank_without_delta": rest.rank,
+            "low_rank_without_delta": rest.low,
+            "adapter_rank": update.rank,
+            "subspace_overlap": overlap,
+            "slope": result.slope,
+            "cosine_similarity": result.cosine,
+            "relative_residual": result.relative_error,
+        },
+    )
+
+
+def _kind(
+    comparison: Comparison, whole: Structure, rest: Structure, overlap: float, slope: Slope
+) -> str:
+    sums = comparison.sums
+    if slope.contained and not rest.rank:
+        return FURTHER
+    if slope.absent and whole.low and not whole.rank:
+        return GONE
+    if rest.low and 0 < rest.rank < whole.rank:
+        return ADDITIONAL
+    if whole.low and whole.rank:
+        explained = sums.product**2 / sums.delta_squared if sums.delta_squared else 0.0
+        residual = whole.squared_norm - explained
+        if overlap >= _SAME_SUBSPACE and residual <= _MARGIN * whole.noise_energy:
+            return RESCALED
+        return OTHER
+    return FURTHER if slope.contained else UNRELATED
+
+
+def unadapted_remainder(case: Case, result: ParameterResult) -> Remainder:
+    """What the task vector of a parameter that the adapter leaves alone is made of."""
+    if len(result.shape) < 2:
+        return Remainder(result.name, FURTHER, {"rank": None})
+    stored, format = case.base.tensors[result.name].dtype, case.format_of(result.name)
+    shape = (result.shape[0], math.prod(result.shape[1:]))
+    noise = NoiseProfile(shape, case.device)
+    for block in case.blocks(result.name):
+        base, merged = block.subtracted.double(), merged_rows(block)
+        largest = torch.where(base.abs() > merged.abs(), base, merged)
+        variance = rounding_variance(half_ulp(largest, format))
+        times = 1 if stored == format.dtype else 2  # the base may have been rounded first
+        noise.add(block.start, times * variance.reshape(variance.shape[0], -1))
+    found = _structure(_rows(case, result.name, None), shape, noise, _SPARE_RANK)
+    kind = ADDITIONAL if found.low and found.rank else FURTHER
+    return Remainder(result.name, kind, {"rank": found.rank, "low_rank": found.low})
+
+
+def relative_change(case: Case, results: Sequence[ParameterResult]) -> float | None:
+    """‖M - W‖ / ‖W‖ over some parameters; None where W is zero."""
+    change = sum(result.task_vector.squared_norm for result in results)
+    squared = 0.0
+    for result in results:
+        for block in case.blocks(result.name):
+            base = block.subtracted.double()
+            squared += float(torch.where(torch.isfinite(base), base * base, 0.0).sum())
+    return math.sqrt(change / squared) if squared else None
+
+
+def _rows(case: Case, name: str, without: Update | None) -> Rows:
+    """T, or T - delta, as a matrix whose non-finite elements are zero."""
+
+    def rows() -> Iterator[tuple[int, torch.Tensor]]:
+        for block in case.blocks(name):
+            wide = block.task_vector.double()
+            if without is not None:
+                wide = wide - without.exact(block.start, block.stop)
+            wide = torch.where(torch.isfinite(wide), wide, 0.0)
+            yield block.start, wide.reshape(wide.shape[0], -1)
+
+    return rows
+
+
+def _adapted_noise(
+    case: Case, result: ParameterResult, comparison: Comparison, update: Update
+) -> NoiseProfile:
+    stored, format = case.base.tensors[result.name].dtype, comparison.certificate.format
+    sums = 2 if format.dtype == stored != torch.float32 else 1  # as of two adapters in turn
+    noise = NoiseProfile(update.shape, case.device)
+    for block in case.blocks(result.name):
+        allowed = tolerance(
+            update,
+            block,
+            delta=update.exact(block.start, block.stop),
+            base=block.subtracted.double(),
+            base_format=comparison.certificate.base_format,
+            format=format,
+            stored=stored,
+        )
+        finite = torch.isfinite(allowed)
+        noise.add(block.start, sums * rounding_variance(torch.where(finite, allowed, 0.0)))
+    return noise
+
+
+def _structure(rows: Rows, shape: tuple[int, ...], noise: NoiseProfile, limit: int) -> Structure:
+    limit = min(limit, max(1, min(shape) // 2))  # past half its size, a rank is not low
+    squared = sum(float((block * block).sum()) for _, block in rows())
+    found = _spectrum(rows, shape, limit, noise.rows.device)
+    above = found.values[:limit] > _MARGIN * noise.floor().threshold
+    rank = int(above.sum())
+    energy = float(noise.rows.sum())
+    tail = squared - float((found.values[:rank] ** 2).sum())
+    return Structure(
+        rank=rank,
+        low=tail <= _MARGIN * energy,
+        left=found.left[:, :rank],
+        right=found.right[:, :rank],
+        squared_norm=squared,
+        noise_energy=energy,
+    )
+
+
+def _spectrum(rows: Rows, shape: tuple[int, ...], leading: int, device: torch.device) -> Spectrum:
+    """The leading singular triplets; a large matrix is read again for every product."""
+    if min(shape) <= DENSE_SIDE and math.prod(shape) <= DENSE_ELEMENTS:
+        return spectrum(torch.cat([block for _, block in rows()]), leading)
+
+    def step(block: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        images = []
+        gram = torch.zeros(shape[1], block.shape[1], dtype=torch.float64, device=device)
+        for _, piece in rows():
+            image = piece @ block
+            images.append(image)
+            gram += piece.T @ image
+        return torch.cat(images), gram
+
+    return krylov_spectrum(step, shape[1], leading, device)
+
+
+def _delta_spectrum(update: Update) -> Spectrum:
+    """Of the delta as it is stored."""
+    if update.transposed:
+        return low_rank_spectrum(update.A.T, update.B.T, update.scaling)
+    return low_rank_spectrum(update.B, update.A, update.scaling)
+
+
+def _overlap(left: torch.Tensor, right: torch.Tensor) -> float:
+    """phi of two spans; 0 where one is empty."""
+    if not left.shape[1] or not right.shape[1]:
+        return 0.0
+    return float(subspace_similarity(left, right)[-1, -1])

@@ -1,0 +1,318 @@
+"""Causes for what no simple mistake of merging explains, from a few parameters taken apart."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from taskvec.compare import ParameterResult
+from taskvec.diagnosis.case import Case
+from taskvec.diagnosis.causes import Cause, counted, named, whole
+from taskvec.diagnosis.findings import Findings
+from taskvec.diagnosis.quantised import quantised_bits
+from taskvec.diagnosis.remainder import (
+    ADDITIONAL,
+    FURTHER,
+    GONE,
+    OTHER,
+    RESCALED,
+    UNRELATED,
+    Remainder,
+    Slope,
+    adapted_remainder,
+    pooled_slope,
+    relative_change,
+    unadapted_remainder,
+)
+from taskvec.wording import percent
+
+_SAMPLE = 3  # parameters of each sort whose singular values are looked at
+_NEARLY_ALL = 0.9
+# Fine-tuning moves weights by some percent of their norm; a model of another training run differs
+# by more than the weights themselves.
+_OTHER_MODEL = 0.2
+_RELATED = 0.5  # checkpoints of one training share most of their subspace
+
+
+def remaining_causes(case: Case, findings: Findings) -> list[Cause]:
+    """Causes for the parameters in ``findings.rest`` and ``findings.changed``."""
+    if not findings.rest and not findings.changed:
+        return []
+    slope = pooled_slope(findings.rest)
+    adapted = [
+        adapted_remainder(case, result, result.comparison, slope)
+        for result in _sample(findings.rest)
+        if result.comparison is not None
+    ]
+    unadapted = [unadapted_remainder(case, result) for result in _sample(findings.changed)]
+    if any(found.kind == FURTHER for found in [*adapted, *unadapted]):
+        looked_at = [*_sample(findings.rest), *_sample(findings.changed)]
+        bits = [quantised_bits(case, result) for result in looked_at if len(result.shape) > 1]
+        if 2 * sum(item is not None for item in bits) > len(bits):
+            return [_quantised(findings, bits, slope)]
+    if _everything_changed(findings) and any(found.kind == FURTHER for found in unadapted):
+        return [_other_model(case, findings, slope)]
+    return _by_kind(findings, adapted, unadapted, slope)
+
+
+def _sample(results: Sequence[ParameterResult]) -> list[ParameterResult]:
+    """A few of them, matrices before vectors: the first, the last, and some between."""
+    chosen = [result for result in results if len(result.shape) > 1] or list(results)
+    if len(chosen) <= _SAMPLE:
+        return chosen
+    step = (len(chosen) - 1) / (_SAMPLE - 1)
+    return [chosen[round(index * step)] for index in range(_SAMPLE)]
+
+
+def _everything_changed(findings: Findings) -> bool:
+    """As another base would: no adapted parameter holds, and nearly no other matrix is the base's.
+
+    Vectors count only where there is nothing else: norms and biases that were never trained are
+    the same in every model.
+    """
+    others = [result for result in findings.results if result.comparison is None]
+    others = [result for result in others if len(result.shape) > 1] or others
+    names = {result.name for result in findings.changed}
+    changed = sum(result.name in names for result in others)
+    all_changed = 0 < _NEARLY_ALL * len(others) <= changed
+    return all_changed and len(findings.rest) >= _NEARLY_ALL * len(findings.adapted)
+
+
+def _other_model(case: Case, findings: Findings, slope: Slope) -> Cause:
+    """All parameters differ: by another base, or by training the whole model.
+
+    The two are the same where the other base is this one, trained: then the tensors cannot tell.
+    """
+    _absorb_damage(findings)
+    sample = _sample(findings.changed)
+    change = relative_change(case, sample)
+    others = sum(result.comparison is None for result in findings.results)
+    what = (
+        f"{len(findings.changed)} of {others} parameters that the adapter leaves alone differ from "
+        f"the base by more than a cast"
+    )
+    what += f", by {percent(change)} of their norm" if change is not None else ""
+    what += f"; {_presence(slope)}."
+    evidence = {
+        "changed_parameters": [result.name for result in findings.changed],
+        "relative_change": change,
+        "relative_change_of": [result.name for result in sample],
+        **_slope_evidence(slope),
+    }
+    weight = len(findings.changed) + len(findings.rest)
+    if change is not None and change < _OTHER_MODEL and slope.contained:
+        sentence = (
+            "All of the model was trained further after the merge, or the adapter was merged into "
+            f"a trained version of this base, which looks the same: {what}"
+        )
+        return Cause("further_training", sentence, evidence, weight)
+    return Cause("wrong_base", f"Merged into another base: {what}", evidence, weight)
+
+
+def _absorb_damage(findings: Findings) -> None:
+    """Where everything changed, an unadapted parameter with few changes is no damage apart."""
+    adapted = set(findings.adapted)
+    findings.damage = [outliers for outliers in findings.damage if outliers.name in adapted]
+
+
+def _quantised(findings: Findings, bits: list[int | None], slope: Slope) -> Cause:
+    width = max(filter(None, bits))
+    seen = sum(item is not None for item in bits)
+    names = [result.name for result in findings.rest]
+    others = [result.name for result in findings.changed]
+    sentence = (
+        f"Merged from a lower-precision base: without the delta, {seen} of {len(bits)} parameters "
+        f"that were looked at take as few values as weights that were stored in {width} bits; "
+        f"{_presence(slope)}."
+    )
+    evidence = {
+        "format": f"{width}-bit",
+        "parameters": names,
+        "unadapted_parameters": others,
+        **_slope_evidence(slope),
+    }
+    return Cause("lower_precision_base", sentence, evidence, len(names) + len(others))
+
+
+def _presence(slope: Slope) -> str:
+    estimate = _estimate(slope)
+    if slope.contained:
+        return f"the adapter's delta is in it ({estimate})"
+    if slope.absent:
+        return f"the adapter's delta is not in it ({estimate})"
+    return f"whether the adapter's delta is in it cannot be told ({estimate})"
+
+
+def _estimate(slope: Slope) -> str:
+    if math.isinf(slope.error):
+        return "the delta is zero"
+    return f"slope {slope.value:.3g} ± {slope.error:.2g}"
+
+
+def _slope_evidence(slope: Slope) -> dict[str, Any]:
+    finite = math.isfinite(slope.error)
+    return {
+        "slope": slope.value if finite else None,
+        "slope_standard_error": slope.error if finite else None,
+    }
+
+
+def _by_kind(
+    findings: Findings, adapted: list[Remainder], unadapted: list[Remainder], slope: Slope
+) -> list[Cause]:
+    """One cause for each kind of remainder; what a sample shows is said of all it stands for."""
+    absent: list[str] = []
+    rest = _names_by_kind(adapted, [result.name for result in findings.rest])
+    changed = _names_by_kind(unadapted, [result.name for result in findings.changed])
+    if OTHER in rest:  # that other adapter may have further modules, and lack some
+        changed[OTHER] = changed.pop(ADDITIONAL, [])
+        absent, findings.unmerged = list(findings.unmerged), {}
+    causes = []
+    for kind in dict.fromkeys([*rest, *changed]):
+        seen = ADDITIONAL if kind == OTHER else kind
+        found = _Kind(
+            adapted=[item for item in adapted if item.kind == kind],
+            unadapted=[item for item in unadapted if kind in changed and item.kind == seen],
+            names=rest.get(kind, []),
+            others=changed.get(kind, []),
+            slope=slope,
+            absent=absent if kind == OTHER else [],
+            where=whole(rest.get(kind, []), findings),
+        )
+        name, sentence = _SENTENCES[kind](found)
+        causes.append(Cause(name, sentence, found.evidence, len(found.names) + len(found.others)))
+    return causes
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """The parameters of one kind of remainder.
+
+    Attributes:
+        adapted, unadapted: those that were taken apart.
+        names, others: all that they stand for, adapted and unadapted.
+        absent: adapted parameters that another adapter leaves alone.
+        slope: of all adapted parameters that nothing simple explains.
+        where: ``names`` in words.
+    """
+
+    adapted: list[Remainder]
+    unadapted: list[Remainder]
+    names: list[str]
+    others: list[str]
+    absent: list[str]
+    slope: Slope
+    where: str
+
+    @property
+    def evidence(self) -> dict[str, Any]:
+        return {
+            "parameters": self.names,
+            "unadapted_parameters": self.others,
+            **({"unmerged_parameters": self.absent} if self.absent else {}),
+            **(_slope_evidence(self.slope) if self.names else {}),
+            "sampled": {item.name: item.evidence for item in [*self.adapted, *self.unadapted]},
+        }
+
+    def median(self, key: str) -> float:
+        """Over the adapted ones of the sample; 0 where it is undefined for all of them."""
+        values = [item.evidence[key] for item in self.adapted if item.evidence[key] is not None]
+        return statistics.median(values) if values else 0.0
+
+    def ranks(self, key: str) -> str:
+        """The ranks of the sample, as "4" or "4 to 6"."""
+        ranks = [item.evidence[key] for item in self.adapted or self.unadapted]
+        low, high = min(ranks), max(ranks)
+        return f"{low}" if low == high else f"{low} to {high}"
+
+
+def _names_by_kind(sample: list[Remainder], names: list[str]) -> dict[str, list[str]]:
+    kinds = {item.kind for item in sample}
+    telling = kinds - {UNRELATED} or kinds  # a parameter that shows nothing contradicts nothing
+    if len(telling) == 1:
+        return {telling.pop(): names}
+    return {kind: [item.name for item in sample if item.kind == kind] for kind in sorted(kinds)}
+
+
+def _other_adapter(found: _Kind) -> tuple[str, str]:
+    overlap = max((item.evidence["subspace_overlap"] for item in found.adapted), default=0.0)
+    related = (
+        ", as another checkpoint of the same training would"
+        if overlap > _RELATED
+        else ", as an adapter of another training would"
+    )
+    more = (
+        f"; {counted(found.others)} this one leaves alone changed as well" if found.others else ""
+    )
+    more += f"; {counted(found.absent)} this one changes did not" if found.absent else ""
+    return "other_adapter", (
+        f"Another adapter was merged: the task vector of {found.where} is of rank "
+        f"{found.ranks('rank')}, but lies in another subspace than the delta: "
+        f"{percent(overlap)} of it is shared{related}{more} ({_estimate(found.slope)})."
+    )
+
+
+def _additional_adapter(found: _Kind) -> tuple[str, str]:
+    if not found.names:
+        return "additional_adapter", (
+            f"A further adapter was merged, or this one lacks modules: {named(found.others)}, "
+            f"which the adapter leaves alone, changed by an update of rank {found.ranks('rank')}."
+        )
+    more = f", as do {counted(found.others)} it leaves alone" if found.others else ""
+    return "additional_adapter", (
+        f"A further adapter was merged as well: beside the delta, {found.where} hold an "
+        f"update of rank {found.ranks('rank_without_delta')}{more} ({_estimate(found.slope)})."
+    )
+
+
+def _rescaled(found: _Kind) -> tuple[str, str]:
+    return "scaled", (
+        f"The adapter was scaled by about {found.slope.value:.3g} in {found.where}: the "
+        f"task vector lies in the delta's subspace ({_estimate(found.slope)})."
+    )
+
+
+def _further_training(found: _Kind) -> tuple[str, str]:
+    if not found.names:
+        return "further_training", (
+            f"Trained besides the adapter: {named(found.others)}, which the adapter leaves alone, "
+            "changed by more than a cast, and not by an update of low rank."
+        )
+    more = f"; {counted(found.others)} it leaves alone changed as well" if found.others else ""
+    residual = found.median("relative_residual")
+    return "further_training", (
+        f"Trained further after the merge: {found.where} hold the delta "
+        f"({_estimate(found.slope)}) and a rest of no low rank, {percent(residual)} of its norm"
+        f"{more}."
+    )
+
+
+def _gone(found: _Kind) -> tuple[str, str]:
+    return "merged_and_unmerged", (
+        f"Nothing of the delta is left in {found.where} ({_estimate(found.slope)}), nor is it the "
+        "base bit for bit: only noise of the size of rounding is there, as of an adapter that was "
+        "merged and unmerged again."
+    )
+
+
+def _unknown(found: _Kind) -> tuple[str, str]:
+    residual = found.median("relative_residual")
+    return "unknown", (
+        f"Not explained: {found.where}. The task vector is of no low rank and "
+        f"{_presence(found.slope)}; cosine {found.median('cosine_similarity'):.3g}, residual "
+        f"{percent(residual)} of the delta's norm. It is not the base, not the delta times a "
+        "factor or transposed, not a merge in a lower precision, and not another adapter's."
+    )
+
+
+_SENTENCES = {
+    OTHER: _other_adapter,
+    ADDITIONAL: _additional_adapter,
+    RESCALED: _rescaled,
+    FURTHER: _further_training,
+    GONE: _gone,
+    UNRELATED: _unknown,
+}
