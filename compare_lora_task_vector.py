@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -144,21 +143,21 @@ def compare(
     from taskvec.diagnose import diagnose
     from taskvec.output import output_directory, write_json
     from taskvec.report import Storage, document
+    from taskvec.subject import open_vector
     from taskvec.textreport import comparison_report
     from taskvec.verdict import judge
 
-    target, torch_device = Path(output_dir), cli.pick_device(device)
+    target = Path(output_dir)
+    if task_vector_path is None and finetuned_model is None:
+        task_vector_path = DEFAULT_TASK_VECTOR
     with ExitStack() as stack:
         base = stack.enter_context(open_checkpoint(base_model, revision))
-        base.refuse_quantised()
         adapter = stack.enter_context(open_adapter(lora_path, base))
-        vector, paths = stack.enter_context(_open_subject(base, task_vector_path, finetuned_model))
+        vector, paths = stack.enter_context(open_vector(base, task_vector_path, finetuned_model))
+        torch_device = cli.pick_device(device)
+        written = [RESULTS, DELTAS, REPORT, *FIGURES, ARCHITECTURE_FIGURE]
         inputs = [*base.paths, adapter.path, *paths]
-        partial = stack.enter_context(
-            output_directory(
-                target, [RESULTS, DELTAS, REPORT, *FIGURES, ARCHITECTURE_FIGURE], inputs
-            )
-        )
+        partial = stack.enter_context(output_directory(target, written, inputs))
         results = _compare_all(base, adapter, vector, partial, torch_device)
         verdict = judge(results)
         found = [] if verdict.holds else diagnose(base, adapter, vector, results, torch_device)
@@ -182,26 +181,6 @@ def compare(
         if generate_plots:
             _draw(content, partial, architecture_analysis)
     return ComparisonResult(target, content)
-
-
-@contextmanager
-def _open_subject(
-    base: Checkpoint, task_vector_path: str | Path | None, finetuned_model: str | None
-) -> Iterator[tuple[TaskVector, list[Path]]]:
-    """What is to be judged, and the paths it is read from."""
-    from taskvec.checkpoint import open_checkpoint
-    from taskvec.taskvector import FormedTaskVector, check_same_architecture, open_task_vector
-
-    if task_vector_path is not None and finetuned_model is not None:
-        raise cli.UserError("give either --task_vector_path or --finetuned_model, not both")
-    if finetuned_model is not None:
-        with open_checkpoint(finetuned_model) as merged:
-            check_same_architecture(base, merged)
-            yield FormedTaskVector(finetuned_model, merged), merged.paths
-    else:
-        with open_task_vector(Path(task_vector_path or DEFAULT_TASK_VECTOR)) as vector:
-            vector.check_fits(base)
-            yield vector, [vector.file.path]
 
 
 def _compare_all(

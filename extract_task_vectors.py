@@ -103,8 +103,7 @@ def extract(
     )
     from taskvec.tensorfile import TensorFileWriter
 
-    target, torch_device = Path(output_dir), cli.pick_device(device)
-    names_written = [TASK_VECTOR_FILE, SUMMARY]
+    target, names_written = Path(output_dir), [TASK_VECTOR_FILE, SUMMARY]
     with (
         open_checkpoint(base_model, revision) as base,
         open_checkpoint(finetuned_model) as merged,
@@ -112,6 +111,7 @@ def extract(
         cli.progress(base.nbytes + merged.nbytes, "Extracting") as bar,
     ):
         check_same_architecture(base, merged)
+        torch_device = cli.pick_device(device)
         vector = FormedTaskVector(finetuned_model, merged, FORMATS.get(base_precision))
         tensors = {name: info for name, info in base.tensors.items() if info.is_float}
         _check_other_tensors(vector, base, bar)

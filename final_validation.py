@@ -31,7 +31,8 @@ if TYPE_CHECKING:  # torch is loaded only when there is work to do: --help stays
 EXAMPLES = Path(__file__).parent / "examples"
 EXAMPLE_BASE, EXAMPLE_LORA = EXAMPLES / "starcoder2-mini", EXAMPLES / "starcoder2-mini-lora"
 PRECISIONS = ("fp32", "fp16", "bf16")
-SUMMARY, REPORT, FIGURE = "validation_summary.json", "validation_report.txt", "precision_impact.png"
+SUMMARY, REPORT = "validation_summary.json", "validation_report.txt"
+IMPACT_FIGURE, ULP_FIGURE = "precision_impact.png", "rounding_error_in_ulps.png"
 STEPS = 6
 
 # Beside the weights, an fp32 model needs activations and the loader's own buffers.
@@ -121,7 +122,7 @@ def validate(
     Args:
         base_model, lora_path: as in `merge_lora.merge`.
         output_dir: merged_model_*/, task_vectors_*/ and comparison_results_*/ go below it, beside
-            validation_summary.json, validation_report.txt and precision_impact.png.
+            validation_summary.json, validation_report.txt and two figures.
         task_vector_path, finetuned_model: judge this one (at most one of them) instead of
             merging in each of ``precisions``.
         behaviour: compare logits on ``prompts``.
@@ -134,19 +135,20 @@ def validate(
     from taskvec.textreport import validation_report
 
     target = Path(output_dir)
-    device = str(cli.pick_device(device))
     if task_vector_path and finetuned_model:
         raise cli.UserError("give either --task_vector_path or --finetuned_model, not both")
+    given = task_vector_path is not None or finetuned_model is not None
+    _check_inputs(base_model, lora_path, revision, target, () if given else precisions)
+    device = str(cli.pick_device(device))
     common = {"device": device, "revision": revision}
-    if task_vector_path or finetuned_model:
+    if given:
         subjects = [
             _judge_given(base_model, lora_path, target, task_vector_path, finetuned_model, common)
         ]
     else:
-        _check_disk(base_model, revision, target, precisions)
         subjects = _make_and_judge(base_model, lora_path, target, precisions, rounding, common)
     _step(4, "Weigh what each precision keeps")
-    _draw_precisions(subjects, target / FIGURE)
+    _draw_precisions(subjects, target)
     _step(5, "Compare behaviour on prompts")
     checked: dict[str, Any] = {"skipped": "switched off (--no-behaviour)"}
     if behaviour:
@@ -312,18 +314,23 @@ def _behaviour_failures(summaries: dict[str, Any], checked: dict[str, Any]) -> l
     ]
 
 
-def _check_disk(
-    base_model: str, revision: str | None, target: Path, precisions: Sequence[str]
+def _check_inputs(
+    base_model: str,
+    lora_path: str,
+    revision: str | None,
+    target: Path,
+    precisions: Sequence[str],
 ) -> None:
-    """Refuse before the first byte if the outputs cannot fit.
+    """Refuse before the first byte if the two do not fit together, or the outputs on the disk.
 
     Raises:
-        UserError: names what is needed and what is free.
+        UserError: names what does not fit, or what is needed and what is free.
     """
+    from taskvec.adapter import open_adapter
     from taskvec.checkpoint import open_checkpoint
     from taskvec.rounding import FORMATS
 
-    with open_checkpoint(base_model, revision) as base:
+    with open_checkpoint(base_model, revision) as base, open_adapter(lora_path, base):
         elements = sum(info.elements for info in base.tensors.values())
     # The merged model, at most a dense fp32 task vector, and at most as much in fp32 deltas.
     needed = sum(elements * (FORMATS[name].dtype.itemsize + 8) for name in precisions)
@@ -349,13 +356,15 @@ def _available_memory(device: str) -> int | None:
     return int(lines["MemAvailable"].split()[0]) * 1024
 
 
-def _draw_precisions(subjects: Sequence[Subject], path: Path) -> None:
+def _draw_precisions(subjects: Sequence[Subject], directory: Path) -> None:
     from taskvec import plots
     from taskvec.output import output_file
 
     documents = {subject.label: subject.comparison.document for subject in subjects}
-    with output_file(path) as partial:
+    with output_file(directory / IMPACT_FIGURE) as partial:
         plots.precision_impact(documents, partial)
+    with output_file(directory / ULP_FIGURE) as partial:
+        plots.rounding_errors(documents, partial)
     for subject in subjects:
         cli.detail(f"      {subject.comparison.summary['certificate']['cost']['sentence']}")
 

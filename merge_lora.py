@@ -97,14 +97,14 @@ def merge(
     from taskvec.output import output_directory, write_json
     from taskvec.rounding import FORMATS, ROUNDINGS
 
-    target, torch_device = Path(output_dir), cli.pick_device(device)
-    format, recipe = FORMATS[precision], ROUNDINGS[rounding]
+    target, format, recipe = Path(output_dir), FORMATS[precision], ROUNDINGS[rounding]
     with (
         open_checkpoint(base_model, revision) as base,
         open_adapter(lora_path, base) as adapter,
         output_directory(target, is_merged_model, [*base.paths, adapter.path]) as partial,
         cli.progress(base.nbytes, f"Merging in {precision}") as bar,
     ):
+        torch_device = cli.pick_device(device)
         shards = write_model(
             base,
             partial,

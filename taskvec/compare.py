@@ -47,16 +47,21 @@ class Magnitude:
 
     def add(self, rows: torch.Tensor) -> None:
         """Take rows of any shape and float dtype into account."""
+        if not rows.numel():
+            return
         self.nonzero += int(torch.count_nonzero(rows))
-        wide = rows.double()
-        finite = torch.isfinite(wide)
-        bad = wide.numel() - int(finite.sum())
-        if bad:
-            self.non_finite += bad
+        wide = rows.double().flatten()
+        squared = float(torch.dot(wide, wide))
+        if math.isfinite(squared):  # then every element is finite
+            low, high = rows.aminmax()
+            largest = max(-float(low), float(high))
+        else:
+            finite = torch.isfinite(wide)
+            self.non_finite += wide.numel() - int(torch.count_nonzero(finite))
             wide = torch.where(finite, wide, 0.0)
-        if wide.numel():
-            self.squared_norm += float((wide * wide).sum())
-            self.max_abs = max(self.max_abs, float(wide.abs().max()))
+            squared, largest = float(torch.dot(wide, wide)), float(wide.abs().max())
+        self.squared_norm += squared
+        self.max_abs = max(self.max_abs, largest)
 
 
 @dataclass
@@ -73,19 +78,24 @@ class PairSums:
 
     def add(self, task_vector: torch.Tensor, delta: torch.Tensor) -> None:
         """Take rows of T (fp32) and delta (float64) into account, as far as they are finite."""
-        wide = task_vector.double()
-        finite = torch.isfinite(wide)
-        if not bool(finite.all()):
-            wide, delta = torch.where(finite, wide, 0.0), torch.where(finite, delta, 0.0)
+        if not task_vector.numel():
+            return
+        wide, delta = task_vector.double().flatten(), delta.flatten()
         difference = wide - delta
-        magnitude = difference.abs()
+        squared = float(torch.dot(difference, difference))
+        if not math.isfinite(squared):
+            finite = torch.isfinite(wide)
+            wide, delta = torch.where(finite, wide, 0.0), torch.where(finite, delta, 0.0)
+            difference = wide - delta
+            squared = float(torch.dot(difference, difference))
         self.elements += wide.numel()
-        self.delta_squared += float((delta * delta).sum())
-        self.product += float((wide * delta).sum())
-        self.difference_squared += float((difference * difference).sum())
+        self.exact += int(torch.count_nonzero(task_vector.flatten() == delta.float()))
+        self.delta_squared += float(torch.dot(delta, delta))
+        self.product += float(torch.dot(wide, delta))
+        self.difference_squared += squared
+        magnitude = difference.abs_()
         self.difference_abs += float(magnitude.sum())
-        self.difference_max = max(self.difference_max, float(magnitude.max()))
-        self.exact += int((task_vector == delta.float()).sum())
+        self.difference_max = max(self.difference_max, float(magnitude.amax()))
 
 
 @dataclass

@@ -64,7 +64,8 @@ def _precision_finding(document: dict[str, Any]) -> Finding:
     rows = document["impacts"]
     note = (
         "Left: parameters that change. Right: relative rounding error of the update, "
-        f"‖T − Δ‖ / ‖Δ‖, where Δ is {document['reference']}; at 1 it is as large as the update."
+        f"‖T\N{NO-BREAK SPACE}−\N{NO-BREAK SPACE}Δ‖ / ‖Δ‖, where Δ is {document['reference']}; "
+        "at 1 it is as large as the update."
     )
     if any(row["lost_share"] is not None for row in rows):
         note += " Lost: elements with an update that did not move."
@@ -80,7 +81,7 @@ def _precision_finding(document: dict[str, Any]) -> Finding:
     if all(row["precision"] in clean for row in affected):
         title = f"Artifacts come from rounding the base: {counts}, none where it is rounded first"
         return Finding(title, note)
-    return Finding(f"Changed, though nothing was trained in them: {counts}", note)
+    return Finding(f"Artifacts, in which nothing was trained: {counts}", note)
 
 
 def _changed_bars(axes: Axes, rows: list[dict[str, Any]], labels: list[str], total: int) -> None:

@@ -18,7 +18,7 @@ from taskvec.certificate import Block
 from taskvec.checkpoint import Checkpoint
 from taskvec.cli import UserError
 from taskvec.rounding import BF16, FORMATS, FP16, FP32, Format, subtract_rows
-from taskvec.tensorfile import TensorFile
+from taskvec.tensorfile import TensorFile, TensorInfo
 
 TASK_VECTOR_FILE = "task_vector.safetensors"
 
@@ -33,7 +33,7 @@ class TaskVector(Protocol):
 
     Attributes:
         source: as the user named it.
-        names: the parameters it holds.
+        tensors: what it holds, by name.
         base_format: what the base was rounded to before it was subtracted; None: as stored.
     """
 
@@ -41,7 +41,7 @@ class TaskVector(Protocol):
     base_format: Format | None
 
     @property
-    def names(self) -> list[str]: ...
+    def tensors(self) -> dict[str, TensorInfo]: ...
 
     @property
     def disk_bytes(self) -> int: ...
@@ -66,8 +66,8 @@ class StoredTaskVector:
     merged_format: Format | None
 
     @property
-    def names(self) -> list[str]:
-        return list(self.file.tensors)
+    def tensors(self) -> dict[str, TensorInfo]:
+        return self.file.tensors
 
     @property
     def disk_bytes(self) -> int:
@@ -114,8 +114,8 @@ class FormedTaskVector:
     base_format: Format | None = None
 
     @property
-    def names(self) -> list[str]:
-        return list(self.merged.tensors)
+    def tensors(self) -> dict[str, TensorInfo]:
+        return self.merged.tensors
 
     @property
     def disk_bytes(self) -> int:
@@ -133,7 +133,7 @@ class FormedTaskVector:
         merged = self.merged.read(name, start, stop).to(base.device)
         subtracted = _subtracted(base, self.base_format)
         rows = subtract_rows(merged, subtracted)
-        return Block(start, stop, base, subtracted, rows, merged.double())
+        return Block(start, stop, base, subtracted, rows, merged)
 
 
 @contextlib.contextmanager

@@ -17,6 +17,8 @@ import pytest
 
 # Read by the Hugging Face libraries when they are imported, so it is set before anything else is.
 _HF_HOME = tempfile.TemporaryDirectory(prefix="hf-home-")
+# Small tensors gain nothing from threads, and on a busy machine waiting for them costs most.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.update(
     HF_HOME=_HF_HOME.name,
     HF_HUB_OFFLINE="1",

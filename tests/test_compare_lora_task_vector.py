@@ -294,7 +294,7 @@ def test_both_subjects_at_once_are_refused(
         ]
     )
     assert status == 2
-    assert "not both" in capsys.readouterr().err
+    assert "either a task vector" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

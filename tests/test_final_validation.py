@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -81,7 +82,12 @@ def test_every_file_of_the_contract_is_written(example: tuple[Path, str]) -> Non
         for kind in ("merged_model", "task_vectors", "comparison_results")
         for precision in ("fp32", "fp16", "bf16")
     }
-    files = {"validation_summary.json", "validation_report.txt", "precision_impact.png"}
+    files = {
+        "validation_summary.json",
+        "validation_report.txt",
+        "precision_impact.png",
+        "rounding_error_in_ulps.png",
+    }
     assert {path.name for path in out.iterdir()} == directories | files
     for precision in ("fp32", "fp16", "bf16"):
         found = {path.name for path in (out / f"comparison_results_{precision}").iterdir()}
@@ -152,8 +158,8 @@ def test_a_full_disk_is_foreseen(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    usage = final_validation.shutil._ntuple_diskusage(10**6, 10**6, 1000)  # type: ignore[attr-defined]
-    monkeypatch.setattr(final_validation.shutil, "disk_usage", lambda path: usage)
+    small = SimpleNamespace(total=10**6, used=10**6 - 1000, free=1000)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: small)
     assert run(pair, tmp_path / "out") == 2
     assert "are free" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

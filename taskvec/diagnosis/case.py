@@ -73,7 +73,7 @@ def wide(base: torch.Tensor) -> torch.Tensor:
 def merged_rows(block: Block) -> torch.Tensor:
     """M in float64; where only T is known, to within the rounding of T."""
     if block.merged is not None:
-        return block.merged
+        return block.merged.double()
     return block.subtracted.double() + block.task_vector.double()
 
 
