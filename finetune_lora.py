@@ -441,16 +441,27 @@ def load_base(
         cli.UserError: not a causal language model, missing tensors, no tokenizer.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import (
+        MODEL_FOR_MASKED_LM_MAPPING,
+        AutoModelForCausalLM,
+        AutoTokenizer,
+    )
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # what matters of its warnings is an error below
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
             directory, dtype=torch.float32, output_loading_info=True
         )
     except (ValueError, OSError, RuntimeError) as error:
         raise cli.UserError(f"{directory}: not a causal language model: {error}") from None
+    is_decoder = getattr(model.config, "is_decoder", False)
+    if type(model.config) in MODEL_FOR_MASKED_LM_MAPPING and not is_decoder:
+        raise cli.UserError(
+            f"{directory}: not a causal language model: {model.config.model_type} also reads the "
+            "tokens that it is to predict"
+        )
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
         raise cli.UserError(f"{directory}: {len(missing)} missing tensors, such as {missing[0]}")
@@ -516,8 +527,8 @@ def add_adapter(
         target_modules=list(options.target_modules),
     )
     torch.manual_seed(seed)
-    with warnings.catch_warnings():  # of names that PEFT still uses and transformers renamed
-        warnings.simplefilter("ignore", FutureWarning)
+    with warnings.catch_warnings():  # PEFT says here what it adapts to by itself
+        warnings.simplefilter("ignore")
         model = get_peft_model(base, config)
     # PEFT takes the directory that the base was read from; the name is what others can use.
     config.base_model_name_or_path = base_model

@@ -3,6 +3,10 @@
 `ParameterCertificate` looks at one block of rows of one parameter at a time and keeps only scalars
 and two small histograms. Which recipes reproduce every bit, and whether every element of T - delta
 lies within its bound, are both answered in that one pass.
+
+It runs over every element of a model, so it makes few passes, and those in fp32 where the bound
+allows (`rounding.bound_rows`): comparisons go to floats in place (`differing`), a NaN is looked
+for in a sum, and what is needed only when something is wrong is computed only then.
 """
 
 from __future__ import annotations
@@ -14,24 +18,22 @@ from dataclasses import dataclass, field
 import torch
 
 from taskvec.adapter import Update
+from taskvec.recipes import RecipeSearch, RecipeTally, differing
 from taskvec.rounding import (
     FP32,
     RECIPES,
+    U32,
     Family,
     Format,
-    Recipe,
     bound_rows,
     families,
     half_ulp,
-    merge_rows,
-    recipe_delta,
+    loses,
     subtract_rows,
 )
 
 ULP_BINS, ULP_RANGE = 120, 3.0  # histograms of |T - delta| and of its bound, in ulps of M
-
-# A recipe that misses more than this share of a tensor is not how the tensor came about.
-_NEAR_MISS = 0.01
+HISTOGRAM_ELEMENTS = 1 << 20  # of each parameter, in evenly spaced rows
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Block:
         base: W as stored.
         subtracted: what T was formed with: W, or W rounded first, as fp32 or wider.
         task_vector: T, fp32.
-        merged: M in float64; None where only T is known.
+        merged: M in any float dtype; None where only T is known.
     """
 
     start: int
@@ -76,17 +78,6 @@ class FamilyTally:
     violating_rows: set[int] = field(default_factory=set)
 
 
-@dataclass
-class RecipeTally:
-    """How far a group of recipes with equal results reproduces a parameter."""
-
-    recipe: Recipe
-    names: tuple[str, ...]
-    mismatches: int = 0
-    largest_mismatch_ulps: float = 0.0
-    abandoned: bool = False
-
-
 class ParameterCertificate:
     """Accumulates the certificate of one parameter over its blocks.
 
@@ -96,6 +87,16 @@ class ParameterCertificate:
         stored: dtype of the base's parameter.
         base_format: what W was rounded to before it was subtracted; None: as stored.
         elements: of the parameter.
+
+    Attributes:
+        search: how far each distinct recipe reproduces it.
+        non_finite: elements of T that are NaN or infinite.
+        overflowed: those of them where W + delta itself is beyond the format.
+        changed_by_update, lost: elements whose update is not zero, and those of them whose merged
+            value is the base's own all the same.
+        ulp_histogram, bound_histogram: counts of |T - delta| and of its bound, in ulps of M, of
+            all elements, or of evenly spaced rows with about `HISTOGRAM_ELEMENTS`; `ULP_BINS`
+            equal bins over [0, `ULP_RANGE`) and one for all beyond.
     """
 
     def __init__(
@@ -109,10 +110,16 @@ class ParameterCertificate:
     ) -> None:
         self.update, self.format, self.elements = update, format, elements
         self.base_format = base_format
-        self.recipes = _distinct_recipes(format, stored, update.scaling)
+        self.search = RecipeSearch(update, format, stored, elements=elements)
         self._families = [FamilyTally(family) for family in families(format, stored)]
         self._level = 0  # index of the tightest family without a violation so far
+        # Without an update, T is zero: M is what was subtracted, or W lost nothing to the format.
+        self._zero_unmoved = base_format is format or (
+            base_format is None and not loses(stored, format)
+        )
+        self._histogram_step = max(1, -(-elements // HISTOGRAM_ELEMENTS))
         self.non_finite = 0
+        self.overflowed = 0
         self.lost = 0
         self.changed_by_update = 0
         self.ulp_histogram = torch.zeros(ULP_BINS + 1, dtype=torch.int64)
@@ -121,27 +128,32 @@ class ParameterCertificate:
     @property
     def tally(self) -> FamilyTally:
         """Against the tightest family that holds, or the loosest of all if none does."""
-        return self._families[min(self._level, len(self._families) - 1)]
+        return self._families[self._level]
+
+    @property
+    def recipes(self) -> list[RecipeTally]:
+        """How far each distinct recipe reproduces it."""
+        return self.search.tallies
 
     @property
     def best_recipe(self) -> RecipeTally:
         """The recipe with the fewest elements that it does not reproduce."""
-        return min(self.recipes, key=lambda tally: (tally.abandoned, tally.mismatches))
+        return self.search.best
 
     @property
     def reproduced_by(self) -> list[str]:
         """Names of the recipes that give every bit."""
-        return [
-            name
-            for tally in self.recipes
-            if not tally.abandoned and not tally.mismatches
-            for name in tally.names
-        ]
+        return self.search.reproduced_by
 
     @property
     def violations(self) -> int:
         """Elements out of bounds, NaN or infinite."""
         return self.tally.violations + self.non_finite
+
+    @property
+    def isolated(self) -> int:
+        """Elements that stand out from a recipe which gives nearly all others bit for bit."""
+        return self.search.isolated
 
     def add(self, block: Block, delta: torch.Tensor) -> bool:
         """Take one block into account.
@@ -153,72 +165,73 @@ class ParameterCertificate:
         Returns:
             False if these rows cannot have been stored in ``format``, whatever was merged.
         """
-        merged = block.merged
+        if not delta.numel():
+            return True
+        finite, finite_delta = self._set_non_finite_aside(block, delta)
+        merged = self._merged(finite)
         if merged is None:
-            merged = self._merged_from_task_vector(block)
-            if merged is None:
-                return False
-        finite = torch.isfinite(block.task_vector)
-        self.non_finite += finite.numel() - int(finite.sum())
-        self._check_recipes(block, merged)
-        self._count_lost(block, delta)
-        self._check_bounds(block, delta, merged, finite)
+            return False
+        self.search.add(block, delta, sample=self._histogram_step)
+        self._count_lost(finite, finite_delta)
+        self._check_bounds(finite, finite_delta, merged)
         return True
 
-    def _merged_from_task_vector(self, block: Block) -> torch.Tensor | None:
-        """M in float64, recovered from W and T; None where no number of the format gives T."""
-        wide = block.subtracted.double() + block.task_vector.double()
-        if self.format is FP32:
-            # M is within u32 |T| of W + T; next to a power of two that could halve its ulp.
-            return wide * (1 + 2.0**-23)
-        stored = wide.float().to(self.format.dtype)
-        again = subtract_rows(stored, block.subtracted)
-        same = (again == block.task_vector) | ~torch.isfinite(block.task_vector)
-        return stored.double() if bool(same.all()) else None
+    def _set_non_finite_aside(
+        self, block: Block, delta: torch.Tensor
+    ) -> tuple[Block, torch.Tensor]:
+        """Count what is not finite, and replace it by zeros with a zero update."""
+        if math.isfinite(float(block.task_vector.sum())):
+            return block, delta
+        bad = ~torch.isfinite(block.task_vector)
+        beyond = (block.base.double() + delta).abs() > self.format.largest
+        self.non_finite += int(bad.sum())
+        self.overflowed += int((beyond & bad).sum())
+        base, subtracted, task_vector = (
+            rows.masked_fill(bad, 0.0) for rows in (block.base, block.subtracted, block.task_vector)
+        )
+        merged = None if block.merged is None else block.merged.masked_fill(bad, 0.0)
+        finite = Block(block.start, block.stop, base, subtracted, task_vector, merged)
+        return finite, delta.masked_fill(bad, 0.0)
 
-    def _check_recipes(self, block: Block, merged: torch.Tensor) -> None:
-        for tally in self.recipes:
-            if tally.abandoned:
-                continue
-            delta = recipe_delta(tally.recipe, self.update, block.start, block.stop, self.format)
-            rows = merge_rows(tally.recipe, block.base, delta, self.format)
-            predicted = subtract_rows(rows, block.subtracted)
-            differs = predicted != block.task_vector
-            differs &= ~(predicted.isnan() & block.task_vector.isnan())
-            count = int(differs.sum())
-            if count:
-                self._note_mismatch(tally, block, merged, predicted, differs, count)
+    def _merged(self, block: Block) -> torch.Tensor | None:
+        """M in fp32; where only W and T are known, no smaller in magnitude than M was.
 
-    def _note_mismatch(
-        self,
-        tally: RecipeTally,
-        block: Block,
-        merged: torch.Tensor,
-        predicted: torch.Tensor,
-        differs: torch.Tensor,
-        count: int,
-    ) -> None:
-        tally.mismatches += count
-        tally.abandoned = tally.mismatches > max(1, _NEAR_MISS * self.elements)
-        gap = (predicted[differs].double() - block.task_vector[differs].double()).abs()
-        ulps = gap / (2 * half_ulp(merged[differs], self.format))
-        largest = float(ulps.nan_to_num(nan=math.inf).max())
-        tally.largest_mismatch_ulps = max(tally.largest_mismatch_ulps, largest)
+        None where no number of the format lies as close to W + T as the rounding of T allows.
+        """
+        if block.merged is not None:
+            return block.merged.float()
+        wide = block.subtracted + block.task_vector
+        size = block.task_vector.abs()
+        if self.format is not FP32:
+            stored = wide.to(self.format.dtype).to(wide.dtype)
+            gap = (stored - wide).abs_()
+            # M is within u32 |T| of W + T; the sum and its rounding to the format move it by less
+            # than 2 u32 |W + T|.
+            if float(gap.sub_(wide.abs_().mul_(2).add_(size).mul_(U32)).amax()) > 0:
+                return None
+            wide = stored
+        # Next to a power of two, what the rounding of T hides could halve the ulp of M.
+        return wide.add_(torch.copysign(size.mul_(4 * U32), wide)).float()
 
     def _count_lost(self, block: Block, delta: torch.Tensor) -> None:
         """Elements whose update is not zero, yet whose merged value is the base's own."""
-        unmoved = subtract_rows(block.base.to(self.format.dtype), block.subtracted)
-        touched = delta != 0
-        self.changed_by_update += int(touched.sum())
-        self.lost += int(((block.task_vector == unmoved) & touched).sum())
+        touched = int(delta.bool().count_nonzero())
+        self.changed_by_update += touched
+        if not touched:
+            return
+        moved = block.task_vector
+        if not self._zero_unmoved:
+            unmoved = subtract_rows(block.base.to(self.format.dtype), block.subtracted)
+            moved = differing(unmoved, moved)
+        moved = moved.bool()
+        if touched < delta.numel():
+            moved |= delta == 0
+        self.lost += moved.numel() - int(moved.count_nonzero())
 
-    def _check_bounds(
-        self, block: Block, delta: torch.Tensor, merged: torch.Tensor, finite: torch.Tensor
-    ) -> None:
-        error = (block.task_vector.double() - delta).abs_()
-        error = torch.where(finite, error, 0.0)  # counted as non-finite already
+    def _check_bounds(self, block: Block, delta: torch.Tensor, merged: torch.Tensor) -> None:
+        error = block.task_vector.double().sub_(delta).float().abs_()
         while True:
-            tally = self._families[self._level]
+            tally = self.tally
             bound = bound_rows(
                 tally.family,
                 self.update,
@@ -226,21 +239,19 @@ class ParameterCertificate:
                 block.stop,
                 delta=delta,
                 merged=merged,
-                base=block.subtracted.double(),
+                base=block.subtracted.float(),
                 base_format=self.base_format,
                 format=self.format,
             )
-            ratio = torch.where(finite, error / bound, 0.0)
-            if self._level + 1 < len(self._families) and bool((ratio > 1).any()):
-                self._level += 1
-                self._families[self._level].max_ratio = tally.max_ratio
-                self._families[self._level].worst = tally.worst
-                continue
-            break
-        self._note_ratio(tally, block, delta, bound, ratio)
-        ulp = 2 * half_ulp(merged, self.format)
-        self.ulp_histogram += _histogram(error / ulp)
-        self.bound_histogram += _histogram(bound / ulp)
+            ratio = error / bound
+            largest = float(ratio.amax())
+            if largest <= 1 or self._level + 1 == len(self._families):
+                break
+            self._level += 1
+            # What was within a tighter bound so far is so within this one.
+            self.tally.max_ratio, self.tally.worst = tally.max_ratio, tally.worst
+        self._note_ratio(tally, block, delta, bound, ratio, largest)
+        self._count_ulps(error, bound, merged)
 
     def _note_ratio(
         self,
@@ -249,14 +260,13 @@ class ParameterCertificate:
         delta: torch.Tensor,
         bound: torch.Tensor,
         ratio: torch.Tensor,
+        largest: float,
     ) -> None:
-        outside = ratio > 1
-        count = int(outside.sum())
-        if count:
-            tally.violations += count
+        if largest > 1:
+            outside = ratio > 1
+            tally.violations += int(outside.sum())
             rows = outside.any(1).nonzero().flatten() + block.start
             tally.violating_rows.update(rows.tolist())
-        largest = float(ratio.max()) if ratio.numel() else 0.0
         if tally.worst is None or largest > tally.max_ratio:
             row, column = divmod(int(ratio.argmax()), ratio.shape[1])
             tally.max_ratio = largest
@@ -268,31 +278,26 @@ class ParameterCertificate:
                 bound=float(bound[row, column]),
             )
 
-
-def _histogram(ulps: torch.Tensor) -> torch.Tensor:
-    """Counts in `ULP_BINS` equal bins over [0, `ULP_RANGE`), and one for all beyond."""
-    flat = ulps.flatten().float().cpu()
-    inside = torch.histc(flat, ULP_BINS, 0.0, ULP_RANGE)
-    counts = inside.to(torch.int64)
-    return torch.cat([counts, (flat.numel() - counts.sum()).reshape(1)])
+    def _count_ulps(self, error: torch.Tensor, bound: torch.Tensor, merged: torch.Tensor) -> None:
+        step = self._histogram_step
+        half = half_ulp(merged[::step], self.format)
+        self.ulp_histogram += _histogram(error[::step] / half)
+        self.bound_histogram += _histogram(bound[::step] / half)
 
 
-def _distinct_recipes(format: Format, stored: torch.dtype, scaling: float) -> list[RecipeTally]:
-    """The recipes, grouped by what they really compute for this format, base and scaling."""
-    narrow = format is not FP32
-    power_of_two = scaling != 0 and math.frexp(scaling)[0] in (0.5, -0.5)
-    groups: dict[tuple[bool, ...], list[Recipe]] = {}
-    for recipe in RECIPES:
-        key = (
-            recipe.round_base and stored != format.dtype and narrow,
-            recipe.round_factors and narrow,
-            recipe.round_delta and narrow,
-            recipe.prescaled and not power_of_two,
-        )
-        groups.setdefault(key, []).append(recipe)
-    return [
-        RecipeTally(group[0], tuple(recipe.name for recipe in group)) for group in groups.values()
-    ]
+def _as_found(
+    merged: torch.Tensor, block: Block, where: torch.Tensor | slice = slice(None)
+) -> torch.Tensor:
+    """M as it is known of a block, in fp32: itself, or by its difference from W."""
+    if block.merged is not None:
+        return merged.float()
+    return subtract_rows(merged, block.subtracted[where])
+
+
+def _histogram(half_ulps: torch.Tensor) -> torch.Tensor:
+    """Counts in `ULP_BINS` equal bins over [0, `ULP_RANGE`) ulps, and one for all beyond."""
+    bins = half_ulps.mul_(ULP_BINS / ULP_RANGE / 2).clamp_(max=ULP_BINS).to(torch.int16)
+    return torch.bincount(bins.flatten(), minlength=ULP_BINS + 1).cpu()
 
 
 def common_recipes(certificates: Sequence[ParameterCertificate]) -> list[str]:

@@ -161,12 +161,11 @@ class ParameterResult:
 
     @property
     def missing(self) -> bool:
-        """The adapter changes this parameter, but the task vector does not."""
-        return (
-            self.comparison is not None
-            and not self.task_vector.nonzero
-            and self.comparison.certificate.violations > 0
-        )
+        """The adapter changes this parameter, but in the merged model not one element moved."""
+        if self.comparison is None:
+            return False
+        certificate = self.comparison.certificate
+        return certificate.violations > 0 and certificate.lost == certificate.changed_by_update
 
 
 def read_blocks(

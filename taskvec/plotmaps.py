@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from taskvec import plottitles as titles
 from taskvec.plotgrid import STILL, GridPage
-from taskvec.plotstyle import INK, MUTED, PURPLE, RED, SMALL, UNCHANGED, counted, style, scientific
+from taskvec.plotstyle import INK, MUTED, PURPLE, RED, SMALL, UNCHANGED, counted, scientific, style
 from taskvec.plottitles import Document
 from taskvec.wording import percent, size
 

@@ -19,7 +19,8 @@ from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from taskvec.mathanalysis import LOST, RANDOM
+from taskvec.mathematics.document import LOST, RANDOM
+from taskvec.mathematics.report import share
 from taskvec.plotstyle import (
     BLUE,
     LIGHT_PURPLE,
@@ -36,14 +37,12 @@ from taskvec.plotstyle import (
     label_log_axis,
     scientific,
     style,
-    superscript,
     tick_step,
 )
-from taskvec.wording import percent
 
 Document = dict[str, Any]
 
-MOST_PANELS = 8
+MOST_PANELS, _MOST_HEATMAPS = 8, 5
 _LOSS = LinearSegmentedColormap.from_list("loss", ["#FFFFFF", "#D9CCEB", "#8B63C4", "#2A0B5E"])
 _LEAST_LOSS = 1e-16
 
@@ -76,6 +75,12 @@ def _groups(document: Document) -> dict[str, list[dict[str, Any]]]:
     for entry in document["parameters"].values():
         groups[entry["module"]].append(entry)
     return dict(list(groups.items())[:MOST_PANELS])
+
+
+def _shown(document: Document, most: int) -> str:
+    """A remark where only some of the modules have a panel."""
+    count = len(document["modules"])
+    return f" The first {most} of {count} modules are shown." if count > most else ""
 
 
 def _panels(
@@ -113,11 +118,10 @@ def _spectra_finding(document: Document) -> Finding:
     r = f"{rank['min']:.0f}" if rank["min"] == rank["max"] else "own"
     kind = "predicted from the format" if found["floor"] == "predicted" else "measured from T − Δ"
     note = f"Medians over the layers, ranges shaded; both axes logarithmic. Noise floor {kind}."
-    if len(document["modules"]) > MOST_PANELS:
-        note += f" The first {MOST_PANELS} modules are shown."
+    note += _shown(document, MOST_PANELS)
     nature = found["residual_nature"]
     if nature != RANDOM:
-        what = "What rounding took from T is not random" if nature == LOST else "T − Δ is no noise"
+        what = "What rounding took from T is not random" if nature == LOST else "T − Δ is not noise"
         title = (
             f"{what}: its largest singular value is up to "
             f"{found['residual_to_threshold']['max']:.3g} times the floor of random noise"
@@ -144,8 +148,7 @@ def _value_limits(entries: Sequence[dict[str, Any]]) -> tuple[float, float]:
 
 
 def _threshold(entry: dict[str, Any]) -> float:
-    floors = entry["floors"]
-    return float((floors["predicted"] or floors["measured"])["threshold"])
+    return float(entry["floors"]["task_vector"]["threshold"])
 
 
 def _draw_spectra(ax: Axes, members: Sequence[dict[str, Any]], limits: tuple[float, float]) -> None:
@@ -195,27 +198,41 @@ def similarity(document: Document, path: Path) -> Figure:
     modules = {
         label: module for label, module in document["modules"].items() if module["left_similarity"]
     }
-    shown = dict(list(modules.items())[:5])
-    cell = min(2.0, (WIDTH - 2 * MARGIN - 2.4) / len(shown) - 0.3)
-    tall = 1.25 * cell
-    page = Page(_similarity_finding(document), 2 * (tall + 0.6) + 0.5)
-    norm = LogNorm(_LEAST_LOSS, 1)
-    for row, (side, name) in enumerate((("left", "left, U"), ("right", "right, V"))):
-        bottom = 0.7 + (1 - row) * (tall + 0.6)
-        for column, (label, module) in enumerate(shown.items()):
-            ax = page.axes(MARGIN + 0.95 + column * (cell + 0.3), bottom, cell, tall)
-            _draw_loss(ax, 1 - np.array(module[f"{side}_similarity"]), norm)
-            ax.set_title(f"{elided(label, 18)}, {name}", size=SMALL, loc="left")
-            ax.set_xlabel("j: Δ's first" if row else "")
-            ax.set_ylabel("" if column else "i: T's first")
-            ax.tick_params(labelleft=not column)
-    bar = page.axes(WIDTH - MARGIN - 0.95, 0.7, 0.22, 2 * tall + 0.6)
+    shown = list(modules.items())[:_MOST_HEATMAPS]
+    panels = [
+        (f"{elided(label, 18)}, {name}", 1 - np.array(module[f"{side}_similarity"]))
+        for side, name in (("left", "left, U"), ("right", "right, V"))
+        for label, module in shown
+    ]
+    columns = len(shown) if len(shown) > 2 else len(panels)
+    cell = min(2.2, (WIDTH - 2 * MARGIN - 2.4) / columns - 0.3)
+    tall, rows = 1.25 * cell, len(panels) // columns
+    page = Page(_similarity_finding(document), rows * (tall + 0.6) + 0.5)
+    norm = _loss_scale([loss for _, loss in panels])
+    for place, (title, loss) in enumerate(panels):
+        row, column = divmod(place, columns)
+        bottom = 0.7 + (rows - 1 - row) * (tall + 0.6)
+        ax = page.axes(MARGIN + 0.95 + column * (cell + 0.3), bottom, cell, tall)
+        _draw_loss(ax, loss, norm)
+        ax.set_title(title, size=SMALL, loc="left")
+        ax.set_xlabel("j: Δ's first" if row == rows - 1 else "")
+        ax.set_ylabel("" if column else "i: T's first")
+        ax.tick_params(labelleft=not column)
+    bar = page.axes(MARGIN + 0.95 + columns * (cell + 0.3), 0.7, 0.22, rows * (tall + 0.6) - 0.6)
     scale = page.figure.colorbar(ScalarMappable(norm, _LOSS), cax=bar)
-    scale.set_label("1 − φ(i, j): share that is not common", size=SMALL)
-    ticks = range(-16, 1, 4)
-    bar.set_yticks([10.0**t for t in ticks], [f"10{superscript(t)}" if t else "1" for t in ticks])
-    bar.minorticks_off()
+    scale.set_label("1 − φ(i, j): share not common", size=SMALL)
+    label_log_axis(bar.yaxis, (norm.vmin or 0.1, norm.vmax or 1.0), 7)
     return page.save(path)
+
+
+def _loss_scale(losses: Sequence[NDArray[np.float64]]) -> LogNorm:
+    """Whole decades around what float64 resolves of 1 - phi."""
+    values = np.concatenate([loss.ravel() for loss in losses])
+    values = values[values > 10 * _LEAST_LOSS]
+    top = math.ceil(math.log10(values.max())) if values.size else 0
+    high = max(-14, min(0, top))
+    bottom = math.floor(math.log10(values.min())) if values.size else high
+    return LogNorm(10.0 ** max(-16, min(high - 2, bottom)), 10.0**high)
 
 
 def _similarity_finding(document: Document) -> Finding:
@@ -223,18 +240,19 @@ def _similarity_finding(document: Document) -> Finding:
     note = (
         "φ(i, j): share of the smaller of two spans, T's first i and Δ's first j singular vectors, "
         "that lies in the larger; mean over layers. Light: all of it. Dashed: i = r."
-    )
-    angle, smallest = scientific(found["largest_angle_degrees"]), found["smallest_similarity"]
+    ) + _shown(document, _MOST_HEATMAPS)
+    degrees, smallest = found["largest_angle_degrees"], found["smallest_similarity"]
+    angle = f"{scientific(degrees)}°" if degrees > 0.01 else f"{scientific(degrees)} degrees"
     if smallest > 0.99:
-        lost = scientific(max(1 - smallest, 1e-16))
+        lost = scientific(max(1 - smallest, _LEAST_LOSS))
         title = (
-            f"T and Δ have the same directions: no principal angle is above {angle}°, and "
+            f"T and Δ have the same directions: no principal angle is above {angle}, and "
             f"1 − φ(r, r) is at most {lost}"
         )
     else:
         title = (
-            f"T has lost some of Δ's directions: principal angles up to {angle}°, φ(r, r) down "
-            f"to {smallest:.2f}"
+            f"T's directions differ from Δ's by principal angles up to {angle}: φ(r, r) is down "
+            f"to {smallest:.3f}"
         )
     return Finding(title, note)
 
@@ -273,6 +291,7 @@ _NORMS = ("delta_norm", "task_vector_norm", "residual_norm")
 
 def _norm_finding(document: Document, groups: dict[str, list[dict[str, Any]]]) -> Finding:
     note = "Frobenius norms by layer on a log axis; the distance to the red squares is the SNR."
+    note += _shown(document, MOST_PANELS)
     overall = document["summary"]["relative_error"]
     if overall is None:
         return Finding("Δ is zero everywhere", note)
@@ -282,9 +301,9 @@ def _norm_finding(document: Document, groups: dict[str, list[dict[str, Any]]]) -
         if document["modules"][label]["relative_error"] is not None
     }
     least, most = min(errors, key=lambda g: errors[g]), max(errors, key=lambda g: errors[g])
-    title = f"‖T − Δ‖ is {percent(overall)} of ‖Δ‖ over all parameters"
+    title = f"‖T − Δ‖ is {share(overall)} of ‖Δ‖ over all parameters"
     if least != most:
-        title += f": from {percent(errors[least])} in {least} to {percent(errors[most])} in {most}"
+        title += f": from {share(errors[least])} in {least} to {share(errors[most])} in {most}"
     return Finding(title, note)
 
 

@@ -7,6 +7,7 @@ to p (nearest, ties to even), T = fl32(M - W) the task vector and delta the exac
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -14,9 +15,11 @@ import torch
 from taskvec.adapter import Update
 
 U32 = 2.0**-24
-# Covers the float64 roundings of evaluating a bound, and those of the exact delta (2^-29 of the
-# matmul term), with room to spare.
-_EVALUATION_SLACK = 1 + 2.0**-20
+# Covers, by halves: the roundings of evaluating a bound (a dozen in fp32, all its terms being
+# positive) and of the exact delta (2^-29 of its matmul term); and what underflow can do to a bound
+# that is 2^20 times as large.
+_EVALUATION_SLACK = 1 + 2.0**-19
+_UNDERFLOW_FLOOR = 2.0**20
 
 
 @dataclass(frozen=True)
@@ -125,13 +128,17 @@ def half_ulp(values: torch.Tensor, format: Format) -> torch.Tensor:
     """Half the spacing of a format's numbers at each value: no rounding to it errs by more.
 
     Args:
-        values: float64, of any sign; the value that the rounding resulted in.
+        values: float64 or fp32, of any sign: what is rounded, or what it was rounded to.
 
     Returns:
-        float64 of the same shape, 2^(e - bits) for |value| in [2^e, 2^(e+1)).
+        the same dtype and shape: 2^(e - bits) for |value| in [2^e, 2^(e+1)). In fp32, which has
+        nothing smaller to say it with, at least 2^-149.
     """
-    exponent = values.view(torch.int64) & 0x7FF0000000000000
-    return (exponent.view(torch.float64) * format.unit_roundoff).clamp_min(format.smallest_half_ulp)
+    wide = values.dtype == torch.float64
+    integer, exponent = (torch.int64, 0x7FF0000000000000) if wide else (torch.int32, 0x7F800000)
+    power = (values.view(integer) & exponent).view(values.dtype)
+    smallest = format.smallest_half_ulp if wide else max(format.smallest_half_ulp, 2.0**-149)
+    return power.mul_(format.unit_roundoff).clamp_min_(smallest)
 
 
 def gamma(terms: int, unit_roundoff: float = U32) -> float:
@@ -141,10 +148,13 @@ def gamma(terms: int, unit_roundoff: float = U32) -> float:
 
 @dataclass(frozen=True)
 class Family:
-    """The recipes that one bound covers, from the tightest bound to the loosest.
+    """The recipes that one bound covers: which roundings to the merged format it allows for.
 
-    A bound that allows a rounding which did not happen is still a bound, so each family covers the
-    ones before it.
+    Attributes:
+        name: as reported.
+        round_base: W was rounded in the merge but not when T was formed, or the reverse.
+        round_delta: D was rounded before the sum.
+        round_factors: so were A and B before the product.
     """
 
     name: str
@@ -153,25 +163,25 @@ class Family:
     round_factors: bool
 
 
-FAMILIES = (
-    Family("one rounding", False, False, False),
-    Family("base rounded first", True, False, False),
-    Family("base and delta rounded first", True, True, False),
-    Family("base, delta and factors rounded first", True, True, True),
-)
-
-
 def families(merged: Format, stored: torch.dtype) -> tuple[Family, ...]:
-    """The families that differ for a base of dtype ``stored`` merged into a format.
+    """The families for a base of dtype ``stored`` merged into a format, the tightest first.
 
-    In fp32 nothing is rounded first. A base that is stored in the merged format has no rounding of
-    its own.
+    Each covers the ones before it, because a bound that allows a rounding which did not happen is
+    still a bound. What the format can hold is not rounded: a base stored in it, anything in fp32.
     """
-    if merged is FP32:
-        return FAMILIES[:1]
-    if stored == merged.dtype:
-        return (FAMILIES[0], *FAMILIES[2:])
-    return FAMILIES
+    base = loses(stored, merged)
+    chain = [Family("sum rounded", False, False, False)]
+    if base:
+        chain.append(Family("sum and base rounded", True, False, False))
+    if merged is not FP32:
+        chain.append(Family("sum, base and delta rounded", base, True, False))
+        chain.append(Family("sum, base, delta and factors rounded", base, True, True))
+    return tuple(chain)
+
+
+def loses(stored: torch.dtype, format: Format) -> bool:
+    """Whether rounding numbers of a dtype to a format can change them."""
+    return torch.promote_types(stored, format.dtype) != format.dtype
 
 
 def bound_rows(
@@ -188,52 +198,127 @@ def bound_rows(
 ) -> torch.Tensor:
     """What |T - delta| may be, element by element, if M was merged by a recipe of the family.
 
-    |T - delta| <= half_ulp_p(M)                      the merged weight is stored in p
-                 + u32 (|M| + half_ulp_p(M))          the sum was taken in fp32 (p not fp32)
-                 + u32 |T|                            the task vector is stored in fp32
-                 + gamma_k |s| (|B| @ |A|)            B @ A and its scaling in fp32, k = r + 1, or
-                                                      r + 2 where s is not an fp32 number
-                 + (r + 1) 2^-150 max(1, |s|)         products that underflow
-                 + half_ulp(W)                        W was rounded, in the merge or the subtraction
-                 + |s| (|R(B)| @ |R(A)| - |B| @ |A|)  the factors were rounded first
-                 + half_ulp_p(D)                      the delta was rounded first
+    |T - delta| <= h_p(M)                          the merged weight is stored in p
+                 + u32 |M - W|                     T = fl32(M - W)
+                 + g |s| (|B| @ |A|)               D is computed in fp32 (`delta_error`)
+                 + h_q(W)                          W was rounded in the merge or for T, not in both
+                 + h_p(D)                          the delta was rounded first
+                 + |s (R(B) @ R(A) - B @ A)|       the factors were rounded first; then g is
+                                                   relative to R(B) and R(A)
+                 + |s| h_p(D / s)                  so was B @ A, before s, as a GPU does
+
+    h is the half ulp and the fp32 rounding that may come before it. All of it times 1 + 2^-19 for
+    evaluating it, and no less than 2^20 `underflow`. LORA_VS_TASK_VECTOR_ANALYSIS.md has the proof.
 
     Args:
-        delta, merged, base: rows of s * B @ A, of M and of the base that was subtracted, float64.
+        delta: rows of s * B @ A, float64.
+        merged, base: rows of M and of what was subtracted from it, both float64 or both fp32,
+            which is also what the bound is computed in.
         base_format: what that base was rounded to before; None: as stored.
 
     Returns:
-        (stop - start, columns) float64, positive.
+        (stop - start, columns) in their dtype, positive.
     """
-    magnitude = update.magnitude(start, stop)
-    stored = half_ulp(merged, format)
-    bound = stored.clone()
-    if format is not FP32:
-        bound += (merged.abs() + stored) * U32
-    bound += (merged - base).abs_() * U32
-    matmul = gamma(update.rank + (1 if _is_fp32(update.scaling) else 2))
-    computed = magnitude * matmul
+    dtype = merged.dtype
+    bound = _rounding(merged, format)
+    bound.add_((merged - base).abs_(), alpha=U32)
+    used = update.rounded_factors(format.dtype) if family.round_factors else update
+    computed = delta_error(used, start, stop, dtype)
     if family.round_factors:
-        computed += _factor_rounding(update, magnitude, start, stop, format) * (1 + matmul)
-    computed += (update.rank + 1) * 2.0**-150 * max(1.0, abs(update.scaling))
+        computed += (used.exact(start, stop) - delta).abs_().to(dtype)
     bound += computed
-    merged_base_format = format if family.round_base else None
-    if merged_base_format is not base_format:
-        for rounded_to in filter(None, (merged_base_format, base_format)):
-            bound += half_ulp(base, rounded_to)
+    if base_format is not None and base_format is not format:
+        bound += _rounding(base, base_format)
+    if family.round_base:
+        bound += _rounding(base, format)
     if family.round_delta:
-        bound += half_ulp((delta.abs() + computed) * (1 + format.unit_roundoff), format)
-    return bound.mul_(_EVALUATION_SLACK)
+        size = computed.add_(delta.abs().to(dtype))
+        if family.round_factors and update.scaling and not is_power_of_two(update.scaling):
+            scale = abs(update.scaling)
+            product = _rounding(size / scale, format).mul_(scale)
+            bound += product
+            size += product
+        bound += _rounding(size, format)
+    # Adding what underflow can do would put subnormal numbers, which are slow, into every element.
+    return bound.mul_(_EVALUATION_SLACK).clamp_min_(underflow(update) * _UNDERFLOW_FLOOR)
 
 
-def _factor_rounding(
-    update: Update, magnitude: torch.Tensor, start: int, stop: int, format: Format
+def delta_error(
+    update: Update, start: int, stop: int, dtype: torch.dtype = torch.float64
 ) -> torch.Tensor:
-    """|s| times how far |R(B)| |R(A)| can be from |B| |A|: a unit roundoff or underflow each."""
-    unit, tiny = format.unit_roundoff, format.smallest_half_ulp
-    relative = magnitude * (2 * unit + unit**2)
-    underflow = update.magnitude_sums(start, stop) * (tiny * (1 + unit))
-    return relative + underflow + update.rank * abs(update.scaling) * tiny**2
+    """How far D, computed in fp32 in any order of summation, can be from s * B @ A.
+
+    gamma_k |s| (|B| @ |A|), k = r + 1, or r + 2 where s is not an fp32 number (Higham, Accuracy and
+    Stability of Numerical Algorithms, section 3.5). `underflow` comes on top.
+
+    Returns:
+        rows (stop - start, columns) in ``dtype``, fp32 or float64.
+    """
+    relative = gamma(update.rank + (1 if _is_fp32(update.scaling) else 2))
+    relative *= 1 + 2 * relative  # |B| @ |A| may itself be computed in fp32
+    return update.magnitude(start, stop).to(dtype).mul_(relative)
+
+
+def underflow(update: Update) -> float:
+    """What all the products of one element of D can lose below fp32's smallest normal number."""
+    largest = max(1.0, abs(update.scaling), float(update.A.abs().max()))
+    return (update.rank + 3) * 2.0**-149 * largest
+
+
+def merged_interval(
+    recipe: Recipe,
+    update: Update,
+    start: int,
+    stop: int,
+    *,
+    base: torch.Tensor,
+    format: Format,
+    where: torch.Tensor,
+    rounded_anywhere: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Between which values M must lie if it came about by a recipe, on whatever computer.
+
+    Rounding is monotone, so the ends of what D may be give the ends of what M may be: by
+    `delta_error`, and in a narrow format with the sum rounded to fp32 first or not.
+
+    Args:
+        base: rows of W as stored.
+        where: bool, (stop - start, columns): which elements to look at.
+        rounded_anywhere: allow that D was rounded to a narrow format wherever it can be: four unit
+            roundoffs of |s| (|B| @ |A|), half an ulp of B @ A and half an ulp of D.
+
+    Returns:
+        in the format's dtype, as many elements as ``where`` selects.
+    """
+    if recipe.round_factors:
+        update = update.rounded_factors(format.dtype)
+    narrow = format is not FP32
+    base, center = base[where], update.exact(start, stop)[where]
+    reach = delta_error(update, start, stop)[where] + underflow(update)
+    if narrow and rounded_anywhere:
+        reach += update.magnitude(start, stop)[where] * (4 * format.unit_roundoff)
+        reach += 2 * half_ulp(center.abs() + reach, format)
+    ends = [(center - reach).float(), (center + reach).float()]
+    if narrow and recipe.round_delta and not rounded_anywhere:
+        ends = [format.round(end) for end in ends]
+    if narrow:
+        sum_error = ((base.double().abs() + center.abs()) * (2 * U32)).float()
+        ends = [ends[0] - sum_error, ends[1] + sum_error]
+    low, high = (merge_rows(recipe, base, end, format) for end in ends)
+    return low, high
+
+
+def is_power_of_two(value: float) -> bool:
+    return abs(math.frexp(value)[0]) == 0.5
+
+
+def _rounding(values: torch.Tensor, format: Format) -> torch.Tensor:
+    """What rounding to a format can do, with an fp32 rounding before it where that is wider.
+
+    The fp32 rounding is within u32 (|v| + h), and |v| < 2^(bits + 1) h, where h is the half ulp.
+    """
+    half = half_ulp(values, format)
+    return half if format is FP32 else half.mul_(1 + U32 * (2.0 ** (format.bits + 1) + 1))
 
 
 def _is_fp32(value: float) -> bool:

@@ -12,9 +12,6 @@ from taskvec.wording import listed, percent
 
 EXACT, ROUNDING, VIOLATED, INCOMPLETE = "exact", "rounding", "violated", "incomplete"
 
-# A lone deviation from a recipe that gives everything else bit for bit is no rounding from here on.
-_ISOLATED_ULPS = 1.5
-
 
 @dataclass(frozen=True)
 class Verdict:
@@ -26,7 +23,8 @@ class Verdict:
         recipes: the recipes that reproduce every bit of every adapted parameter.
         violated: adapted parameters with elements out of bounds, NaN or infinity.
         missing: adapted parameters that the task vector lacks, or holds as zeros wrongly.
-        isolated: parameters with a few elements that differ from the recipe of all the others.
+        isolated: parameters that a recipe gives bit for bit but for a few elements, which no
+            rounding on the way explains.
         unexplained: parameters that changed though neither adapter nor cast explains it.
     """
 
@@ -74,7 +72,11 @@ def judge(results: Sequence[ParameterResult]) -> Verdict:
         for result, comparison in pairs
         if comparison.certificate.violations and result.name not in missing
     ]
-    isolated = [name for name in _isolated(pairs) if name not in violated]
+    isolated = [
+        result.name
+        for result, comparison in pairs
+        if comparison.certificate.isolated and result.name not in [*violated, *missing]
+    ]
     unexplained = [
         result.name
         for result in results
@@ -133,22 +135,6 @@ def attribution(results: Sequence[ParameterResult]) -> dict[str, dict[str, float
     return table
 
 
-def _isolated(pairs: Sequence[tuple[ParameterResult, Comparison]]) -> list[str]:
-    """Parameters with a few elements off the recipe that gives everything else bit for bit."""
-    inexact = [
-        (result, comparison.certificate.best_recipe)
-        for result, comparison in pairs
-        if not comparison.certificate.reproduced_by
-    ]
-    if len(inexact) > max(1, len(pairs) // 2):
-        return []
-    return [
-        result.name
-        for result, best in inexact
-        if not best.abandoned and best.largest_mismatch_ulps >= _ISOLATED_ULPS
-    ]
-
-
 def _reason(
     name: str,
     results: Sequence[ParameterResult],
@@ -160,19 +146,10 @@ def _reason(
 ) -> str:
     pairs = adapted(results)
     count = len(pairs)
-    if name == VIOLATED:
-        parts = []
-        if violated:
-            elements = sum(c.certificate.violations for r, c in pairs if r.name in violated)
-            parts.append(
-                f"{elements:,} elements of {listed(violated)} differ from the adapter's delta by "
-                "more than rounding can"
-            )
+    if name in (VIOLATED, INCOMPLETE):
+        parts = _violations([c for r, c in pairs if r.name in violated], violated)
         if isolated:
             parts.append(f"a few elements of {listed(isolated)} differ from an exact recipe")
-        return "; ".join(parts)
-    if name == INCOMPLETE:
-        parts = []
         if missing:
             parts.append(f"the adapter changes {listed(missing)}, the task vector does not")
         if unexplained:
@@ -184,3 +161,30 @@ def _reason(
         how = f"recipe {recipes[0]!r}" if recipes else "one recipe or another"
         return f"{how} reproduces every bit of all {count} adapted parameters{tail}"
     return f"every element of all {count} adapted parameters is within its rounding bound{tail}"
+
+
+def _violations(comparisons: Sequence[Comparison], names: list[str]) -> list[str]:
+    """How many elements of the named parameters are wrong, and in which way."""
+    certificates = [comparison.certificate for comparison in comparisons]
+    overflowed = sum(certificate.overflowed for certificate in certificates)
+    non_finite = sum(certificate.non_finite for certificate in certificates) - overflowed
+    outside = sum(certificate.tally.violations for certificate in certificates)
+    parts = []
+    if overflowed:
+        format = next(c.format for c in certificates if c.overflowed)
+        parts.append(
+            f"{_elements(overflowed)} of {listed(names)} became infinite: beyond {format.name}'s "
+            f"largest, {format.largest:g}"
+        )
+    if non_finite:
+        parts.append(f"{_elements(non_finite)} of {listed(names)} are NaN or infinite")
+    if outside:
+        parts.append(
+            f"{_elements(outside)} of {listed(names)} differ from the adapter's delta by more than "
+            "rounding can"
+        )
+    return parts
+
+
+def _elements(count: int) -> str:
+    return "1 element" if count == 1 else f"{count:,} elements"

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -234,6 +237,25 @@ def test_base_without_tokenizer(capsys: Capture, base: Path, text: Path, tmp_pat
         (bare / name).write_bytes((base / name).read_bytes())
     refused(capsys, flags(bare, text, tmp_path / "out"), str(bare), "tokenizer")
     assert not (tmp_path / "out").exists()
+
+
+def test_masked_language_model(capsys: Capture, base: Path, text: Path, tmp_path: Path) -> None:
+    """Loaded as a causal model, BERT would read the token that it is to predict."""
+    size = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+    BertForMaskedLM(BertConfig(num_hidden_layers=1, **size)).save_pretrained(tmp_path / "bert")
+    refused(capsys, flags(tmp_path / "bert", text, tmp_path / "out"), "bert", "causal")
+
+
+def test_base_with_a_missing_tensor(
+    capsys: Capture, base: Path, text: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(base, tmp_path / "damaged")
+    weights = tmp_path / "damaged/model.safetensors"
+    tensors = load_file(weights)
+    del tensors["model.norm.weight"]
+    save_file(tensors, weights, metadata={"format": "pt"})
+    argv = flags(tmp_path / "damaged", text, tmp_path / "out")
+    refused(capsys, argv, "damaged", "model.norm.weight")
 
 
 def test_no_text_named(capsys: Capture, base: Path, tmp_path: Path) -> None:

@@ -224,7 +224,8 @@ def _misplaced(findings: Findings) -> list[Cause]:
         f"{findings.misplaced[names[0]]}"
     )
     sentence += f", and {len(names) - 1} more are mixed up." if names[1:] else "."
-    return [Cause("misplaced", sentence, {"update_of": findings.misplaced}, len(names))]
+    evidence = {"parameters": names, "update_of": findings.misplaced}
+    return [Cause("misplaced", sentence, evidence, len(names))]
 
 
 def marginal_cause(findings: Findings) -> Cause:
@@ -341,7 +342,7 @@ def _scaled_by_bounds(findings: Findings, adapter: Adapter) -> list[_Scaled]:
 def _scaled_cause(findings: Findings, group: _Scaled) -> Cause:
     low, high = min(group.factors), max(group.factors)
     by = f"{low:.6g}" if high - low <= 1e-6 * abs(low) else f"{low:.6g} to {high:.6g}"
-    words = f": {', or '.join(group.readings)}" if group.readings else ""
+    words = f": {'; or '.join(group.readings)}" if group.readings else ""
     sentence = f"The adapter was scaled by {by} in {whole(group.names, findings)}{words}."
     evidence = {
         "factor": group.factors[0],
@@ -377,8 +378,9 @@ def _shown(value: float | str) -> str:
 
 def _places(found: Sequence[Outliers]) -> dict[str, Any]:
     return {
+        "parameters": [outliers.name for outliers in found],
         "elements": sum(outliers.count for outliers in found),
-        "parameters": [
+        "places": [
             {
                 "parameter": outliers.name,
                 "elements": outliers.count,

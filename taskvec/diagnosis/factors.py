@@ -153,13 +153,15 @@ def factor_test(case: Case, result: ParameterResult, comparison: Comparison) -> 
 
     That nothing is left of an update is the simplest of explanations, where it is one.
     """
-    tests = _factor_tests(case, result, comparison.certificate)
-    for block in case.probe_first(result.name, worst_row(comparison)):
-        tests = [test for test in tests if test.add(block)]
-        if not tests:
-            return None
-    tests.sort(key=lambda test: not test.vanishes)
-    return next((test for test in tests if test.vanishes or test.holds), None)
+    probe = case.probe(result.name, worst_row(comparison))
+    tests = [
+        test for test in _factor_tests(case, result, comparison.certificate) if test.add(probe)
+    ]
+    for test in sorted(tests, key=lambda test: not test.vanishes):
+        fits = all(test.add(block) for block in case.blocks(result.name))
+        if fits and (test.vanishes or test.holds):
+            return test
+    return None
 
 
 def _factor_tests(

@@ -111,7 +111,12 @@ def _examine_adapted(
         return
     agreement = best_merge(case, result, comparison)
     if agreement is not None and agreement.merge.wrong:
-        findings.merges[result.name] = agreement
+        # Where many bits are missed all the same, a factor that no bit contradicts comes first.
+        test = None if agreement.clean else factor_test(case, result, comparison)
+        if test is not None:
+            findings.factors[result.name] = test
+        else:
+            findings.merges[result.name] = agreement
         return
     tally = comparison.certificate.tally
     if agreement is not None and agreement.clean:

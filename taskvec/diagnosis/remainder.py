@@ -16,9 +16,8 @@ import torch
 from taskvec.adapter import Update
 from taskvec.compare import Comparison, ParameterResult
 from taskvec.diagnosis.case import Case, merged_rows
-from taskvec.diagnosis.factors import tolerance
 from taskvec.noisefloor import NoiseProfile, rounding_variance
-from taskvec.rounding import half_ulp
+from taskvec.rounding import U32, gamma, half_ulp
 from taskvec.spectrum import (
     DENSE_ELEMENTS,
     DENSE_SIDE,
@@ -35,6 +34,7 @@ FURTHER, GONE, UNRELATED = "further", "gone", "unrelated"
 # Rounding errors are not quite random (an update below half an ulp is lost as a whole), so what
 # stands for more than noise has to exceed it by this much, in amplitude and in energy.
 _MARGIN = 1.25
+_ROUNDINGS = 2  # of the base and of the sum, or of two sums
 _SPARE_RANK = 24  # ranks are counted up to twice the adapter's and this
 _SAME_SUBSPACE = 0.9
 _SIGMAS = 4.0
@@ -125,7 +125,7 @@ def adapted_remainder(
     T - delta is the higher one. That tells the two apart without a threshold on any angle.
     """
     update = case.update(result.name)
-    noise = _adapted_noise(case, result, comparison, update)
+    noise = _noise(case, result.name, result.shape, update)
     limit = 2 * update.rank + _SPARE_RANK
     whole = _structure(_rows(case, result.name, None), result.shape, noise, limit)
     rest = _structure(_rows(case, result.name, update), result.shape, noise, limit)
@@ -157,7 +157,8 @@ def _kind(
         return FURTHER
     if slope.absent and whole.low and not whole.rank:
         return GONE
-    if rest.low and 0 < rest.rank < whole.rank:
+    full = slope.contained and not whole.low
+    if rest.low and rest.rank and (rest.rank < whole.rank or full):
         return ADDITIONAL
     if whole.low and whole.rank:
         explained = sums.product**2 / sums.delta_squared if sums.delta_squared else 0.0
@@ -172,15 +173,8 @@ def unadapted_remainder(case: Case, result: ParameterResult) -> Remainder:
     """What the task vector of a parameter that the adapter leaves alone is made of."""
     if len(result.shape) < 2:
         return Remainder(result.name, FURTHER, {"rank": None})
-    stored, format = case.base.tensors[result.name].dtype, case.format_of(result.name)
     shape = (result.shape[0], math.prod(result.shape[1:]))
-    noise = NoiseProfile(shape, case.device)
-    for block in case.blocks(result.name):
-        base, merged = block.subtracted.double(), merged_rows(block)
-        largest = torch.where(base.abs() > merged.abs(), base, merged)
-        variance = rounding_variance(half_ulp(largest, format))
-        times = 1 if stored == format.dtype else 2  # the base may have been rounded first
-        noise.add(block.start, times * variance.reshape(variance.shape[0], -1))
+    noise = _noise(case, result.name, shape, None)
     found = _structure(_rows(case, result.name, None), shape, noise, _SPARE_RANK)
     kind = ADDITIONAL if found.low and found.rank else FURTHER
     return Remainder(result.name, kind, {"rank": found.rank, "low_rank": found.low})
@@ -211,24 +205,19 @@ def _rows(case: Case, name: str, without: Update | None) -> Rows:
     return rows
 
 
-def _adapted_noise(
-    case: Case, result: ParameterResult, comparison: Comparison, update: Update
-) -> NoiseProfile:
-    stored, format = case.base.tensors[result.name].dtype, comparison.certificate.format
-    sums = 2 if format.dtype == stored != torch.float32 else 1  # as of two adapters in turn
-    noise = NoiseProfile(update.shape, case.device)
-    for block in case.blocks(result.name):
-        allowed = tolerance(
-            update,
-            block,
-            delta=update.exact(block.start, block.stop),
-            base=block.subtracted.double(),
-            base_format=comparison.certificate.base_format,
-            format=format,
-            stored=stored,
-        )
-        finite = torch.isfinite(allowed)
-        noise.add(block.start, sums * rounding_variance(torch.where(finite, allowed, 0.0)))
+def _noise(case: Case, name: str, shape: tuple[int, ...], update: Update | None) -> NoiseProfile:
+    """What two roundings of the weight, one of T and the matmul leave on each element."""
+    format, noise = case.format_of(name), NoiseProfile((shape[0], shape[1]), case.device)
+    for block in case.blocks(name):
+        base, merged = block.subtracted.double(), merged_rows(block)
+        largest = torch.where(base.abs() > merged.abs(), base, merged)
+        variance = _ROUNDINGS * rounding_variance(half_ulp(largest, format))
+        variance += rounding_variance(block.task_vector.double().abs() * U32)
+        variance = variance.reshape(variance.shape[0], -1)
+        if update is not None:
+            matmul = gamma(update.rank + 2) * update.magnitude(block.start, block.stop)
+            variance += matmul**2
+        noise.add(block.start, torch.where(torch.isfinite(variance), variance, 0.0))
     return noise
 
 

@@ -174,6 +174,7 @@ def _by_kind(
     for kind in dict.fromkeys([*rest, *changed]):
         seen = ADDITIONAL if kind == OTHER else kind
         found = _Kind(
+            kind=kind,
             adapted=[item for item in adapted if item.kind == kind],
             unadapted=[item for item in unadapted if kind in changed and item.kind == seen],
             names=rest.get(kind, []),
@@ -192,6 +193,7 @@ class _Kind:
     """The parameters of one kind of remainder.
 
     Attributes:
+        kind: as `Remainder` has it.
         adapted, unadapted: those that were taken apart.
         names, others: all that they stand for, adapted and unadapted.
         absent: adapted parameters that another adapter leaves alone.
@@ -199,6 +201,7 @@ class _Kind:
         where: ``names`` in words.
     """
 
+    kind: str
     adapted: list[Remainder]
     unadapted: list[Remainder]
     names: list[str]
@@ -213,6 +216,7 @@ class _Kind:
             "parameters": self.names,
             "unadapted_parameters": self.others,
             **({"unmerged_parameters": self.absent} if self.absent else {}),
+            **({"factor": self.slope.value} if self.kind == RESCALED else {}),
             **(_slope_evidence(self.slope) if self.names else {}),
             "sampled": {item.name: item.evidence for item in [*self.adapted, *self.unadapted]},
         }
@@ -231,7 +235,8 @@ class _Kind:
 
 def _names_by_kind(sample: list[Remainder], names: list[str]) -> dict[str, list[str]]:
     kinds = {item.kind for item in sample}
-    telling = kinds - {UNRELATED} or kinds  # a parameter that shows nothing contradicts nothing
+    # A parameter that shows nothing contradicts nothing.
+    telling = kinds - {UNRELATED, GONE} or kinds - {UNRELATED} or kinds
     if len(telling) == 1:
         return {telling.pop(): names}
     return {kind: [item.name for item in sample if item.kind == kind] for kind in sorted(kinds)}
@@ -283,18 +288,19 @@ def _further_training(found: _Kind) -> tuple[str, str]:
         )
     more = f"; {counted(found.others)} it leaves alone changed as well" if found.others else ""
     residual = found.median("relative_residual")
+    hidden = all(item.evidence["rank_without_delta"] == 0 for item in found.adapted)
+    rest = "a rest of no low rank" if not hidden else "a rest of no rank above rounding noise"
     return "further_training", (
         f"Trained further after the merge: {found.where} hold the delta "
-        f"({_estimate(found.slope)}) and a rest of no low rank, {percent(residual)} of its norm"
-        f"{more}."
+        f"({_estimate(found.slope)}) and {rest}, {percent(residual)} of its norm{more}."
     )
 
 
 def _gone(found: _Kind) -> tuple[str, str]:
-    return "merged_and_unmerged", (
-        f"Nothing of the delta is left in {found.where} ({_estimate(found.slope)}), nor is it the "
-        "base bit for bit: only noise of the size of rounding is there, as of an adapter that was "
-        "merged and unmerged again."
+    return "unknown", (
+        f"Not explained: nothing of the delta is to be seen in {found.where} "
+        f"({_estimate(found.slope)}), nor is it the base bit for bit: only noise of the size of "
+        "rounding is there."
     )
 
 

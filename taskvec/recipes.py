@@ -1,0 +1,225 @@
+"""By which recipe did a merged parameter come about, bit for bit, and which elements stand out?
+
+A merge is a chain of roundings whose result is fixed by IEEE 754, up to the order in which a matmul
+sums. So each recipe predicts every bit, and where one predicts nearly all of them, the few others
+are evidence: of another computer's matmul, or of a changed element.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from taskvec.adapter import Update
+from taskvec.rounding import (
+    FP32,
+    RECIPES,
+    Format,
+    Recipe,
+    is_power_of_two,
+    loses,
+    merge_rows,
+    merged_interval,
+    recipe_delta,
+    subtract_rows,
+)
+
+if TYPE_CHECKING:
+    from taskvec.certificate import Block
+
+# A recipe that misses more than this share of a tensor is not how the tensor came about,
+_NEAR_MISS = 0.01
+# and one that misses so many times more elements than another does need not be pursued.
+_FAR_BEHIND = 8
+
+# Mismatches up to this number are not explained by what would have changed so many times more.
+_LONE = 4
+_TOO_FEW = 64
+
+
+@dataclass
+class RecipeTally:
+    """How far a group of recipes with equal results reproduces a parameter.
+
+    Attributes:
+        recipe: the first of the group.
+        names: of all of them.
+        mismatches: elements with other bits.
+        disordered: those of them that no other order of summation gives either.
+        unexplained: nor rounding D to the merged format anywhere on its way.
+        abandoned: not how the parameter came about; the counts are not complete.
+    """
+
+    recipe: Recipe
+    names: tuple[str, ...]
+    mismatches: int = 0
+    disordered: int = 0
+    unexplained: int = 0
+    abandoned: bool = False
+
+    @property
+    def largest_mismatch_ulps(self) -> float:
+        """Until `verdict` reads `RecipeSearch.isolated` instead."""
+        return 2.0 if self.unexplained else 0.0
+
+
+class RecipeSearch:
+    """Predicts a parameter by every recipe, block by block, and counts what it finds otherwise.
+
+    Args:
+        update: what the adapter does to the parameter.
+        format: the format that the merged parameter is stored in.
+        stored: dtype of the base's parameter.
+        elements: of the parameter.
+
+    Attributes:
+        tallies: one for each distinct recipe.
+        order_effect: how many elements of M would be others, about, if D were summed in float64.
+        format_effect: or if D were rounded to the format (not rounded, where the recipe does).
+    """
+
+    def __init__(
+        self, update: Update, format: Format, stored: torch.dtype, *, elements: int
+    ) -> None:
+        self.update, self.format, self.elements = update, format, elements
+        self.tallies = _distinct_recipes(format, stored, update.scaling)
+        self.order_effect = 0.0
+        self.format_effect = 0.0
+
+    @property
+    def best(self) -> RecipeTally:
+        """The recipe with the fewest elements that it does not reproduce."""
+        return min(self.tallies, key=lambda tally: (tally.abandoned, tally.mismatches))
+
+    @property
+    def reproduced_by(self) -> list[str]:
+        """Names of the recipes that give every bit."""
+        return [name for tally in self.tallies if not tally.mismatches for name in tally.names]
+
+    @property
+    def isolated(self) -> int:
+        """Elements that stand out: a recipe gives nearly all others bit for bit, but not these.
+
+        Another computer sums in another order, or rounds D on the way where this one does not: that
+        explains an element if it lies in the `merged_interval`, and if it is not alone where many
+        would have changed.
+        """
+        best = self.best
+        if best.abandoned:
+            return 0
+        most = math.inf if best.mismatches > _LONE else best.mismatches * _TOO_FEW
+        if most < self.order_effect:
+            return best.mismatches
+        return best.disordered if most < self.format_effect else best.unexplained
+
+    def add(self, block: Block, delta: torch.Tensor, *, sample: int) -> None:
+        """Take one block into account.
+
+        Args:
+            block: the rows.
+            delta: the same rows of s * B @ A in float64.
+            sample: the effects are measured on every so many rows.
+        """
+        found = block.task_vector if block.merged is None else block.merged.float()
+        live = [tally for tally in self.tallies if not tally.abandoned]
+        missed = []
+        for tally in live:
+            D = recipe_delta(tally.recipe, self.update, block.start, block.stop, self.format)
+            predicted = _as_found(merge_rows(tally.recipe, block.base, D, self.format), block)
+            if tally is live[0]:
+                self._measure_effects(tally.recipe, block, delta, predicted, sample)
+            if float(differing(predicted, found).sum()):
+                differs = predicted != found
+                differs &= ~(predicted.isnan() & found.isnan())
+                tally.mismatches += int(differs.sum())
+                missed.append((tally, differs))
+        fewest = min(tally.mismatches for tally in self.tallies)
+        limit = min(max(1, _NEAR_MISS * self.elements), _FAR_BEHIND * (1 + fewest))
+        for tally, differs in missed:
+            tally.abandoned = tally.mismatches > limit
+            if not tally.abandoned:
+                tally.disordered += self._outside(tally.recipe, block, found, differs, False)
+                tally.unexplained += self._outside(tally.recipe, block, found, differs, True)
+
+    def _outside(
+        self,
+        recipe: Recipe,
+        block: Block,
+        found: torch.Tensor,
+        where: torch.Tensor,
+        rounded_anywhere: bool,
+    ) -> int:
+        """How many of the chosen elements are out of their `merged_interval`."""
+        low, high = (
+            _as_found(end, block, where)
+            for end in merged_interval(
+                recipe,
+                self.update,
+                block.start,
+                block.stop,
+                base=block.base,
+                format=self.format,
+                where=where,
+                rounded_anywhere=rounded_anywhere,
+            )
+        )
+        chosen = found[where]
+        return chosen.numel() - int(((low <= chosen) & (chosen <= high)).sum())
+
+    def _measure_effects(
+        self,
+        recipe: Recipe,
+        block: Block,
+        delta: torch.Tensor,
+        predicted: torch.Tensor,
+        sample: int,
+    ) -> None:
+        rows = slice(None, None, sample)
+        if recipe.round_factors:
+            rounded = self.update.rounded_factors(self.format.dtype)
+            delta = rounded.exact(block.start, block.stop)
+        exact = delta[rows].float()
+
+        def changed(D: torch.Tensor) -> float:
+            other = _as_found(merge_rows(recipe, block.base[rows], D, self.format), block, rows)
+            count = float(differing(other, predicted[rows]).sum())
+            return count * delta.numel() / exact.numel()
+
+        narrowed = self.format.round(exact)
+        in_order, in_format = (narrowed, exact) if recipe.round_delta else (exact, narrowed)
+        self.order_effect += changed(in_order)
+        self.format_effect += changed(in_format)
+
+
+def differing(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """1.0 where two fp32 tensors differ, else 0.0: several times faster than a bool tensor."""
+    return torch.ne(one, other, out=torch.empty_like(one))
+
+
+def _as_found(
+    merged: torch.Tensor, block: Block, where: torch.Tensor | slice = slice(None)
+) -> torch.Tensor:
+    """M as it is known of a block, in fp32: itself, or by its difference from W."""
+    if block.merged is not None:
+        return merged.float()
+    return subtract_rows(merged, block.subtracted[where])
+
+
+def _distinct_recipes(format: Format, stored: torch.dtype, scaling: float) -> list[RecipeTally]:
+    """The recipes, grouped by what they really compute for this format, base and scaling."""
+    narrow = format is not FP32
+    groups: dict[tuple[bool, ...], list[Recipe]] = {}
+    for recipe in RECIPES:
+        key = (
+            recipe.round_base and loses(stored, format),
+            recipe.round_factors and narrow,
+            recipe.round_delta and narrow,
+            recipe.prescaled and not is_power_of_two(scaling),
+        )
+        groups.setdefault(key, []).append(recipe)
+    return [
+        RecipeTally(group[0], tuple(recipe.name for recipe in group)) for group in groups.values()
+    ]

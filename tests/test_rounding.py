@@ -1,0 +1,555 @@
+"""Formats, recipes and bounds against bit patterns, numpy, exact rationals, and PEFT itself."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from transformers.pytorch_utils import Conv1D
+
+from taskvec.adapter import Update
+from taskvec.rounding import (
+    BF16,
+    FORMATS,
+    FP16,
+    FP32,
+    ONCE,
+    PEFT,
+    RECIPES,
+    Family,
+    Format,
+    bound_rows,
+    delta_error,
+    families,
+    gamma,
+    half_ulp,
+    is_power_of_two,
+    loses,
+    merge_rows,
+    merged_interval,
+    recipe_delta,
+    subtract_rows,
+)
+
+RECIPE = {recipe.name: recipe for recipe in RECIPES}
+SCALINGS = (1.0, -2.0, 0.3, 16 / math.sqrt(8))
+
+
+def update_of(rows: int, columns: int, rank: int, scaling: float, *, seed: int = 0) -> Update:
+    generator = torch.Generator().manual_seed(seed)
+    A = torch.randn(rank, columns, generator=generator) * 0.05
+    B = torch.randn(rows, rank, generator=generator) * 0.02
+    return Update("weight", A, B, scaling)
+
+
+def every_number(dtype: torch.dtype) -> torch.Tensor:
+    """All finite positive numbers of a 16-bit format and zero, in order, as float64."""
+    infinity = int(torch.tensor(math.inf, dtype=dtype).view(torch.int16))
+    return torch.arange(infinity, dtype=torch.int16).view(dtype).double()
+
+
+# --- formats ----------------------------------------------------------------------------------
+
+
+def test_formats_are_those_of_numpy_and_ieee() -> None:
+    for format, numpy_type in ((FP32, np.float32), (FP16, np.float16)):
+        info = np.finfo(numpy_type)
+        assert format.bits == info.nmant + 1
+        assert format.largest == float(info.max)
+        assert format.unit_roundoff == float(info.eps) / 2
+        assert format.smallest_half_ulp == float(info.smallest_subnormal) / 2
+    numbers = every_number(torch.bfloat16)
+    assert (BF16.bits, BF16.unit_roundoff) == (8, 2.0**-8)
+    assert BF16.largest == float(numbers[-1])
+    assert BF16.smallest_half_ulp == float(numbers[1]) / 2
+    assert float(torch.tensor(1 + 2.0**-7).bfloat16()) == 1 + 2.0**-7  # 8 bits hold it,
+    assert float(torch.tensor(1 + 2.0**-8).bfloat16()) == 1.0  # but not this
+
+
+@pytest.mark.parametrize("format", [FP16, BF16], ids=lambda format: format.name)
+def test_half_ulp_is_half_the_gap_to_the_next_number(format) -> None:
+    """For every number of a 16-bit format: the next bit pattern says where the next number is."""
+    numbers = every_number(format.dtype)
+    beyond = 2.0 ** (math.floor(math.log2(format.largest)) + 1)
+    following = torch.cat([numbers[1:], torch.tensor([beyond], dtype=torch.float64)])
+    expected = (following - numbers) / 2
+    for sign in (1, -1):
+        assert torch.equal(half_ulp(sign * numbers, format), expected)
+        assert torch.equal(half_ulp(sign * numbers.float(), format), expected.float())
+
+
+def test_half_ulp_of_fp32_is_half_of_numpys_spacing() -> None:
+    bits = np.random.default_rng(0).integers(0, 0x7F800000, 20_000, dtype=np.int32)
+    powers = np.ldexp(np.float32(1), np.arange(-149, 128)).astype(np.float32)
+    numbers = np.concatenate([bits.view(np.float32), powers, [np.float32(0)]])
+    numbers = numbers[np.isfinite(np.nextafter(numbers, np.float32(np.inf)))]
+    expected = np.spacing(numbers).astype(np.float64) / 2
+    assert np.array_equal(half_ulp(torch.tensor(numbers).double(), FP32).numpy(), expected)
+    in_fp32 = half_ulp(torch.tensor(numbers), FP32).double().numpy()
+    assert np.array_equal(in_fp32, np.maximum(expected, 2.0**-149))
+
+
+@pytest.mark.parametrize("format", FORMATS.values(), ids=lambda format: format.name)
+def test_no_rounding_errs_by_more_than_half_an_ulp_and_ties_err_by_that(format) -> None:
+    generator = torch.Generator().manual_seed(0)
+    largest_exponent = math.floor(math.log2(format.largest)) - 1
+    exponent = torch.randint(-160, largest_exponent, (50_000,), generator=generator)
+    values = torch.randn(50_000, generator=generator, dtype=torch.float64) * 2.0**exponent
+    if format is not FP32:
+        values = values.float().double()  # what is rounded to 16 bits was fp32 before
+    rounded = values.to(format.dtype).double()
+    error = (rounded - values).abs()
+    for at in (rounded, values):  # before or after the rounding, the half ulp is a bound
+        assert bool((error <= half_ulp(at, format)).all())
+    normal = rounded[rounded.abs() > 2.0**-100 if format is not FP16 else rounded.abs() > 2.0**-13]
+    tie = normal + torch.sign(normal) * half_ulp(normal, format)
+    error = (tie.to(format.dtype).double() - tie).abs()
+    assert torch.equal(error, half_ulp(normal, format))
+
+
+def test_rounding_is_to_nearest_even() -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(20_000, generator=generator) * 2.0 ** torch.randint(
+        -30, 15, (20_000,), generator=generator
+    )
+    ties = torch.tensor([1 + 2.0**-11, 1 + 3 * 2.0**-11, 2.0**-25, 3 * 2.0**-25, 65519.0, 65520.0])
+    values = torch.cat([values, ties, -ties])
+    with np.errstate(over="ignore"):
+        assert np.array_equal(FP16.round(values).numpy(), values.numpy().astype(np.float16))
+    bits = values.numpy().view(np.uint32).astype(np.uint64)  # bf16 is the upper half of fp32
+    upper = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 << 16
+    assert np.array_equal(BF16.round(values).numpy(), upper.astype(np.uint32).view(np.float32))
+
+
+def test_gamma_bounds_a_chain_of_roundings() -> None:
+    """(1 + u)^k - 1 and 1 - (1 - u)^k are within gamma_k = k u / (1 - k u), exactly."""
+    u = Fraction(1, 2**24)
+    for k in (1, 2, 9, 65, 1025):
+        exact = k * u / (1 - k * u)
+        assert abs(Fraction(gamma(k)) / exact - 1) < Fraction(1, 2**50)
+        assert (1 + u) ** k - 1 <= exact
+        assert 1 - (1 - u) ** k <= exact
+
+
+def test_power_of_two() -> None:
+    assert all(is_power_of_two(sign * 2.0**k) for k in (-30, -1, 0, 1, 5) for sign in (1, -1))
+    assert not any(is_power_of_two(value) for value in (0.0, 3.0, 0.3, 1.5, 16 / math.sqrt(8)))
+
+
+# --- merges -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("name", RECIPE)
+def test_merge_rows_is_numpys_arithmetic(name: str, stored: torch.dtype) -> None:
+    """Into fp16 and fp32, step by step in numpy's own types; the product comes from torch."""
+    recipe, update = RECIPE[name], update_of(40, 30, 8, 0.3)
+    base = (torch.randn(40, 30, generator=torch.Generator().manual_seed(1)) * 0.02).to(stored)
+    for format, narrow in ((FP16, np.float16), (FP32, np.float32)):
+        A, B = update.A.numpy(), update.B.numpy()
+        if recipe.round_factors:
+            A, B = (factor.astype(narrow).astype(np.float32) for factor in (A, B))
+        s = np.float32(update.scaling)
+        if recipe.prescaled:
+            D = (torch.from_numpy(B * s) @ torch.from_numpy(A)).numpy()
+        else:
+            D = (torch.from_numpy(B) @ torch.from_numpy(A)).numpy() * s
+        W = base.numpy().astype(np.float32)
+        if recipe.round_base:
+            W = W.astype(narrow).astype(np.float32)
+        if recipe.round_delta:
+            D = D.astype(narrow).astype(np.float32)
+        expected = (W + D).astype(narrow)
+        delta = recipe_delta(recipe, update, 0, 40, format)
+        merged = merge_rows(recipe, base, delta, format)
+        assert merged.dtype == format.dtype
+        assert np.array_equal(merged.numpy(), expected)
+        T = subtract_rows(merged, base)
+        assert T.dtype == torch.float32
+        assert np.array_equal(
+            T.numpy(), expected.astype(np.float32) - base.numpy().astype(np.float32)
+        )
+
+
+def test_a_float64_base_is_added_and_subtracted_in_float64() -> None:
+    base = torch.tensor([[1 + 2.0**-30, 1 / 3]], dtype=torch.float64)
+    delta = torch.tensor([[2.0**-25, 1e-9]])
+    merged = merge_rows(ONCE, base, delta, FP32)
+    assert merged.tolist() == (base + delta.double()).float().tolist()
+    assert subtract_rows(merged, base).tolist() == (merged.double() - base).float().tolist()
+    assert merge_rows(PEFT, base, delta, FP32).tolist() == (base.float() + delta).tolist()
+
+
+class Layers(torch.nn.Module):
+    """A linear layer and GPT-2's kind of it, which stores its weight transposed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(48, 40, bias=False)
+        self.conv = Conv1D(56, 24)
+
+
+@pytest.fixture(scope="module")
+def peft_case(tmp_path_factory: pytest.TempPathFactory) -> tuple[Layers, dict[str, Path]]:
+    """The layers, and a saved fp32 adapter for each of them (rsLoRA: s is no power of two)."""
+    torch.manual_seed(0)
+    layers, adapters = Layers(), {}
+    for target in ("linear", "conv"):
+        config = LoraConfig(
+            r=5,
+            lora_alpha=12,
+            use_rslora=True,
+            target_modules=[target],
+            fan_in_fan_out=target == "conv",
+        )
+        model = get_peft_model(copy.deepcopy(layers), config)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(0, 0.1)
+        adapters[target] = tmp_path_factory.mktemp(target)
+        model.save_pretrained(adapters[target])
+    return layers, adapters
+
+
+def peft_weights(
+    case: tuple[Layers, dict[str, Path]], target: str, dtype: torch.dtype, safe: bool, **options
+) -> tuple[Update, torch.Tensor, torch.Tensor]:
+    """The update in fp32, the base's weight in fp32, and what PEFT merges the two to."""
+    layers, adapters = case
+    reference = PeftModel.from_pretrained(copy.deepcopy(layers), adapters[target])
+    module = next(m for m in reference.modules() if isinstance(m, LoraLayer))
+    A, B = (side["default"].weight.detach() for side in (module.lora_A, module.lora_B))
+    update = Update(target, A, B, module.scaling["default"], target == "conv")
+    model = PeftModel.from_pretrained(copy.deepcopy(layers).to(dtype), adapters[target], **options)
+    merged = model.merge_and_unload(safe_merge=safe)
+    return update, getattr(layers, target).weight.detach(), getattr(merged, target).weight.detach()
+
+
+PEFT_WAYS: dict[str, list[dict[str, Any]]] = {
+    "peft": [{}],
+    "peft-safe": [{"safe": True}],
+    "peft-lowcpu": [{"low_cpu_mem_usage": True}],
+    "peft-half": [
+        {"autocast_adapter_dtype": False},
+        {"autocast_adapter_dtype": False, "safe": True},
+        {"low_cpu_mem_usage": True, "safe": True},
+    ],
+}
+
+
+@pytest.mark.parametrize("target", ["linear", "conv"])
+@pytest.mark.parametrize("format", FORMATS.values(), ids=lambda format: format.name)
+@pytest.mark.parametrize("name", PEFT_WAYS)
+def test_recipes_are_the_bits_of_peft(peft_case, target: str, format, name: str) -> None:
+    for options in copy.deepcopy(PEFT_WAYS[name]):
+        safe = options.pop("safe", False)
+        update, base, merged = peft_weights(peft_case, target, format.dtype, safe, **options)
+        rows = update.shape[0]
+
+        predicted = {
+            recipe.name: merge_rows(
+                recipe, base, recipe_delta(recipe, update, 0, rows, format), format
+            )
+            for recipe in RECIPES
+        }
+        assert torch.equal(predicted.pop(name), merged), options
+        if format is not FP32:  # and of no other recipe
+            assert not any(torch.equal(other, merged) for other in predicted.values()), options
+
+
+# --- bounds -----------------------------------------------------------------------------------
+
+
+def exactly(tensor: torch.Tensor) -> list[list[Fraction]]:
+    return [[Fraction(value) for value in row] for row in tensor.double().tolist()]
+
+
+def flat(rows: list[list[Fraction]]) -> list[Fraction]:
+    return list(itertools.chain.from_iterable(rows))
+
+
+def product(B: torch.Tensor, A: torch.Tensor, scaling: float) -> list[list[Fraction]]:
+    """s * B @ A in exact rationals."""
+    left, right, s = exactly(B), exactly(A), Fraction(scaling)
+    return [
+        [
+            s * sum((b * a for b, a in zip(row, column, strict=True)), Fraction(0))
+            for column in zip(*right, strict=True)
+        ]
+        for row in left
+    ]
+
+
+def half(value: Fraction, format: Format) -> Fraction:
+    """Half an ulp of a format at a rational number, from its binary exponent."""
+    if value == 0:
+        return Fraction(format.smallest_half_ulp)
+    numerator, denominator = abs(value).as_integer_ratio()
+    exponent = numerator.bit_length() - denominator.bit_length()
+    if Fraction(2) ** exponent > abs(value):
+        exponent -= 1
+    return max(Fraction(2) ** (exponent - format.bits), Fraction(format.smallest_half_ulp))
+
+
+def reference_bound(
+    family: Family, update: Update, merged: Any, base: Any, base_format: Any, format: Any
+) -> list[list[Fraction]]:
+    """The bound of LORA_VS_TASK_VECTOR_ANALYSIS.md, term by term in rationals."""
+    u = Fraction(1, 2**24)
+    used = update.rounded_factors(format.dtype) if family.round_factors else update
+    plain = float(np.float32(update.scaling)) == update.scaling
+    k = update.rank + (1 if plain else 2)
+    error = k * u / (1 - k * u)
+    M, W, delta = exactly(merged), exactly(base), product(update.B, update.A, update.scaling)
+    moved = product(used.B, used.A, used.scaling)
+    size = product(used.B.abs(), used.A.abs(), abs(used.scaling))
+
+    def h(value: Fraction, p: Format) -> Fraction:
+        before = 0 if p is FP32 else u * (2 ** (p.bits + 1) + 1)
+        return half(value, p) * (1 + before)
+
+    def element(i: int, j: int) -> Fraction:
+        bound = h(M[i][j], format) + u * abs(M[i][j] - W[i][j])
+        computed = error * size[i][j] + abs(moved[i][j] - delta[i][j])
+        bound += computed
+        if base_format is not None and base_format is not format:
+            bound += h(W[i][j], base_format)
+        if family.round_base:
+            bound += h(W[i][j], format)
+        if family.round_delta:
+            D, s = abs(delta[i][j]) + computed, abs(Fraction(update.scaling))
+            if family.round_factors and not is_power_of_two(update.scaling):
+                first = s * h(D / s, format)
+                bound, D = bound + first, D + first
+            bound += h(D, format)
+        return bound
+
+    return [[element(i, j) for j in range(len(W[0]))] for i in range(len(W))]
+
+
+BASES = [  # dtype of the base, and what it is rounded to before it is subtracted
+    (torch.float32, None),
+    (torch.float32, FP16),
+    (torch.float32, BF16),
+    (torch.bfloat16, None),
+    (torch.float64, None),
+]
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize("format", FORMATS.values(), ids=lambda format: format.name)
+def test_bounds_hold_and_are_what_the_proof_says_in_exact_rationals(format, scaling) -> None:
+    """|T - delta| without any rounding, against the bound, which is itself rebuilt in rationals."""
+    update = update_of(4, 3, 6, scaling)
+    delta, exact = update.exact(0, 4), flat(product(update.B, update.A, scaling))
+    generator = torch.Generator().manual_seed(2)
+    for (stored, base_format), recipe in itertools.product(BASES, RECIPES):
+        base = (torch.randn(4, 3, generator=generator).double() * 0.02 / 3).to(stored)
+        wide = base.to(torch.promote_types(stored, torch.float32))
+        subtracted = wide if base_format is None else base_format.round(wide)
+        merged = merge_rows(recipe, base, recipe_delta(recipe, update, 0, 4, format), format)
+        T = flat(exactly(subtract_rows(merged, subtracted)))
+        error = [abs(t - d) for t, d in zip(T, exact, strict=True)]
+        holds = []
+        for family in families(format, stored):
+            right = flat(reference_bound(family, update, merged, subtracted, base_format, format))
+            for dtype in (torch.float64, torch.float32):
+                bound = bound_rows(
+                    family,
+                    update,
+                    0,
+                    4,
+                    delta=delta,
+                    merged=merged.to(dtype),
+                    base=subtracted.to(dtype),
+                    base_format=base_format,
+                    format=format,
+                )
+                assert bound.dtype == dtype
+                mine = flat(exactly(bound))
+                for value, expected in zip(mine, right, strict=True):
+                    assert expected <= value <= expected * (1 + Fraction(1, 2**17))
+            holds.append(all(e <= b for e, b in zip(error, mine, strict=True)))
+        assert holds[-1], (recipe.name, stored, base_format)  # the loosest covers every recipe,
+        assert holds == sorted(holds)  # and what one covers, those after it do
+
+
+def test_each_family_allows_what_the_one_before_allows() -> None:
+    update = update_of(30, 20, 4, 0.7)
+    base = torch.randn(30, 20, generator=torch.Generator().manual_seed(3)) * 0.02
+    for format in (FP16, BF16):
+        merged = merge_rows(ONCE, base, update.delta(0, 30), format)
+        for base_format in (None, FP16, BF16):
+            bounds = [
+                bound_rows(
+                    family,
+                    update,
+                    0,
+                    30,
+                    delta=update.exact(0, 30),
+                    merged=merged.double(),
+                    base=base.double(),
+                    base_format=base_format,
+                    format=format,
+                )
+                for family in families(format, torch.float32)
+            ]
+            assert len(bounds) == 4
+            for tight, loose in itertools.pairwise(bounds):
+                # the last one measures from the rounded factors, a different |B| |A|
+                assert bool((loose >= tight * (1 - 2.0**-10)).all())
+
+
+def test_what_a_format_holds_is_not_rounded() -> None:
+    assert not loses(torch.bfloat16, FP32)
+    assert not loses(torch.float16, FP16)
+    assert loses(torch.float16, BF16)
+    assert loses(torch.bfloat16, FP16)
+    assert loses(torch.float64, FP32)
+    assert [len(families(FP32, dtype)) for dtype in (torch.float16, torch.float32)] == [1, 1]
+    assert [f.round_base for f in families(FP32, torch.float64)] == [False, True]
+    assert not any(family.round_base for family in families(BF16, torch.bfloat16))
+
+
+def summations(B: torch.Tensor, A: torch.Tensor) -> dict[str, torch.Tensor]:
+    """B @ A in fp32 in other orders than the library's, with and without fused multiply-add."""
+    terms = [B[:, k : k + 1] * A[k : k + 1] for k in range(A.shape[0])]
+    pairs = terms
+    while len(pairs) > 1:
+        pairs = [sum(pairs[i + 1 : i + 2], pairs[i]) for i in range(0, len(pairs), 2)]
+    fused = torch.zeros_like(terms[0])
+    for k in range(A.shape[0]):
+        fused = (fused.double() + B[:, k : k + 1].double() * A[k : k + 1].double()).float()
+    return {
+        "library": B @ A,
+        "forward": sum(terms[1:], terms[0]),
+        "backward": sum(terms[-2::-1], terms[-1]),
+        "pairwise": pairs[0],
+        "fused": fused,
+        "float64": (B.double() @ A.double()).float(),
+    }
+
+
+@pytest.mark.parametrize("rank", [1, 2, 8, 64])
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_delta_error_covers_every_order_of_summation(rank: int, scaling: float) -> None:
+    generator = torch.Generator().manual_seed(rank)
+    A, B = torch.randn(rank, 9, generator=generator), torch.randn(11, rank, generator=generator)
+    B[:, rank // 2 :] *= -1 + 1e-6  # sums that cancel
+    update = Update("weight", A, B, scaling)
+    exact, bound = product(B, A, scaling), exactly(delta_error(update, 0, 11))
+    for way, sums in summations(B, A).items():
+        for D in (sums * scaling, summations(B * scaling, A)[way]):
+            for mine, right, limit in zip(exactly(D), exact, bound, strict=True):
+                for d, e, b in zip(mine, right, limit, strict=True):
+                    assert abs(d - e) <= b, way
+    double = exactly(update.exact(0, 11))
+    for mine, right, limit in zip(double, exact, bound, strict=True):
+        for d, e, b in zip(mine, right, limit, strict=True):
+            assert abs(d - e) <= b / 2**27  # what `exact` lacks is nothing beside that
+
+
+@pytest.mark.parametrize("format", FORMATS.values(), ids=lambda format: format.name)
+@pytest.mark.parametrize("name", RECIPE)
+def test_other_computers_stay_in_the_interval_and_changed_elements_do_not(format, name) -> None:
+    """Where |D| is well below |W|, one step to the next number is out of what T may be."""
+    recipe, update = RECIPE[name], update_of(40, 30, 8, 0.03)
+    generator = torch.Generator().manual_seed(4)
+    base = (
+        torch.randn(40, 30, generator=generator).sign()
+        * 0.02
+        * (1 + torch.rand(40, 30, generator=generator))
+    )
+    used = update.rounded_factors(format.dtype) if recipe.round_factors else update
+    everywhere = torch.ones(40, 30, dtype=torch.bool)
+    strict, lenient = (
+        merged_interval(
+            recipe,
+            update,
+            0,
+            40,
+            base=base,
+            format=format,
+            where=everywhere,
+            rounded_anywhere=anywhere,
+        )
+        for anywhere in (False, True)
+    )
+    assert bool((lenient[0] <= strict[0]).all() and (strict[1] <= lenient[1]).all())
+    for way, sums in summations(used.B, used.A).items():
+        D = sums * update.scaling
+        D = format.round(D) if recipe.round_delta else D
+        merged = merge_rows(recipe, base, D, format)
+        assert inside(merged, strict).all(), way
+        for step in (1, -1):
+            bits = torch.int32 if format is FP32 else torch.int16
+            changed = (merged.view(bits) + step).view(format.dtype)
+            assert float(inside(changed, strict).float().mean()) < 0.1
+            assert float(inside(changed, lenient).float().mean()) < 0.1
+
+
+def inside(merged: torch.Tensor, ends: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    return (ends[0] <= merged.flatten()) & (ends[1] >= merged.flatten())
+
+
+@pytest.mark.parametrize("format", [FP16, BF16], ids=lambda format: format.name)
+def test_rounding_the_delta_anywhere_stays_in_the_lenient_interval(format: Format) -> None:
+    """Arithmetic in 16 bits that is no recipe: s B rounded, s A rounded, B @ A and then s B @ A."""
+    for scaling, name in itertools.product((0.7, 3.0), ("once", "peft", "peft-half")):
+        update, recipe = update_of(40, 30, 8, scaling), RECIPE[name]
+        base = torch.randn(40, 30, generator=torch.Generator().manual_seed(5)) * 0.01
+        A, B = format.round(update.A), format.round(update.B)
+        ends = merged_interval(
+            recipe,
+            update,
+            0,
+            40,
+            base=base,
+            format=format,
+            where=torch.ones(40, 30, dtype=torch.bool),
+            rounded_anywhere=True,
+        )
+        for D in (
+            format.round(B * scaling) @ A,
+            B @ format.round(A * scaling),
+            format.round(format.round(B @ A) * scaling),
+            format.round(update.B @ update.A) * scaling,
+        ):
+            assert inside(merge_rows(recipe, base, D, format), ends).all()
+
+
+# --- the same bits, block by block ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_blocks_of_rows_have_the_bits_of_the_whole_product(threads: int, transposed: bool) -> None:
+    """From two rows on: `tensorfile.row_blocks` never cuts a single row off."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for (out, into), rank in itertools.product(
+            [(3072, 256), (256, 3072), (33, 65), (50, 2)], [1, 2, 8, 17, 64]
+        ):
+            generator = torch.Generator().manual_seed(rank)
+            A = torch.randn(rank, into, generator=generator)
+            B = torch.randn(out, rank, generator=generator)
+            update = Update("weight", A, B, 1.37, transposed)
+            rows = update.shape[0]
+            whole = (B @ A).T * 1.37 if transposed else B @ A * 1.37
+            for size, place in itertools.product((2, 3, 42), (0, 0.37, 1)):
+                start = int(place * max(0, rows - size))
+                stop = min(rows, start + size)
+                assert torch.equal(update.delta(start, stop), whole[start:stop])
+    finally:
+        torch.set_num_threads(before)
