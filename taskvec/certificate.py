@@ -33,7 +33,7 @@ from taskvec.rounding import (
 )
 
 ULP_BINS, ULP_RANGE = 120, 3.0  # histograms of |T - delta| and of its bound, in ulps of M
-HISTOGRAM_ELEMENTS = 1 << 20  # of each parameter, in evenly spaced rows
+HISTOGRAM_ELEMENTS = 1 << 20  # of each parameter, in evenly spaced blocks
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class ParameterCertificate:
         changed_by_update, lost: elements whose update is not zero, and those of them whose merged
             value is the base's own all the same.
         ulp_histogram, bound_histogram: counts of |T - delta| and of its bound, in ulps of M, of
-            all elements, or of evenly spaced rows with about `HISTOGRAM_ELEMENTS`; `ULP_BINS`
+            all elements, or of evenly spaced blocks with about `HISTOGRAM_ELEMENTS`; `ULP_BINS`
             equal bins over [0, `ULP_RANGE`) and one for all beyond.
     """
 
@@ -117,7 +117,7 @@ class ParameterCertificate:
         self._zero_unmoved = base_format is format or (
             base_format is None and not loses(stored, format)
         )
-        self._histogram_step = max(1, -(-elements // HISTOGRAM_ELEMENTS))
+        self._seen = self._sampled = 0
         self.non_finite = 0
         self.overflowed = 0
         self.lost = 0
@@ -171,10 +171,22 @@ class ParameterCertificate:
         merged = self._merged(finite)
         if merged is None:
             return False
-        self.search.add(block, delta, sample=self._histogram_step)
+        sampled = self._is_sampled(delta.numel())
+        self.search.add(block, delta, sampled=sampled)
         self._count_lost(finite, finite_delta)
-        self._check_bounds(finite, finite_delta, merged)
+        error, bound = self._check_bounds(finite, finite_delta, merged)
+        if sampled:
+            half = half_ulp(merged, self.format)
+            self.ulp_histogram += _histogram(error.div_(half))
+            self.bound_histogram += _histogram(bound.div_(half))
         return True
+
+    def _is_sampled(self, elements: int) -> bool:
+        """Whether the next block is one of those, evenly spaced, that are looked at for figures."""
+        sampled = self._sampled * self.elements <= self._seen * HISTOGRAM_ELEMENTS
+        self._seen += elements
+        self._sampled += elements if sampled else 0
+        return sampled
 
     def _set_non_finite_aside(
         self, block: Block, delta: torch.Tensor
@@ -194,24 +206,24 @@ class ParameterCertificate:
         return finite, delta.masked_fill(bad, 0.0)
 
     def _merged(self, block: Block) -> torch.Tensor | None:
-        """M in fp32; where only W and T are known, no smaller in magnitude than M was.
+        """M in fp32; where only W and T are known, the number of the format that is next to W + T.
 
-        None where no number of the format lies as close to W + T as the rounding of T allows.
+        None where the next one is not as close as the rounding of T allows.
         """
         if block.merged is not None:
             return block.merged.float()
         wide = block.subtracted + block.task_vector
-        size = block.task_vector.abs()
-        if self.format is not FP32:
-            stored = wide.to(self.format.dtype).to(wide.dtype)
-            gap = (stored - wide).abs_()
+        if self.format is FP32:
+            return wide.float()
+        stored = wide.to(self.format.dtype)
+        again = subtract_rows(stored, block.subtracted)
+        if float(differing(again, block.task_vector).sum()):
             # M is within u32 |T| of W + T; the sum and its rounding to the format move it by less
             # than 2 u32 |W + T|.
-            if float(gap.sub_(wide.abs_().mul_(2).add_(size).mul_(U32)).amax()) > 0:
+            reach = (block.task_vector.abs() + 2 * wide.abs()) * U32
+            if bool(((stored.to(wide.dtype) - wide).abs() > reach).any()):
                 return None
-            wide = stored
-        # Next to a power of two, what the rounding of T hides could halve the ulp of M.
-        return wide.add_(torch.copysign(size.mul_(4 * U32), wide)).float()
+        return stored.float()
 
     def _count_lost(self, block: Block, delta: torch.Tensor) -> None:
         """Elements whose update is not zero, yet whose merged value is the base's own."""
@@ -228,7 +240,10 @@ class ParameterCertificate:
             moved |= delta == 0
         self.lost += moved.numel() - int(moved.count_nonzero())
 
-    def _check_bounds(self, block: Block, delta: torch.Tensor, merged: torch.Tensor) -> None:
+    def _check_bounds(
+        self, block: Block, delta: torch.Tensor, merged: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Count violations; returns |T - delta| and its bound, fp32."""
         error = block.task_vector.double().sub_(delta).float().abs_()
         while True:
             tally = self.tally
@@ -242,6 +257,7 @@ class ParameterCertificate:
                 base=block.subtracted.float(),
                 base_format=self.base_format,
                 format=self.format,
+                recovered=block.merged is None,
             )
             ratio = error / bound
             largest = float(ratio.amax())
@@ -251,7 +267,7 @@ class ParameterCertificate:
             # What was within a tighter bound so far is so within this one.
             self.tally.max_ratio, self.tally.worst = tally.max_ratio, tally.worst
         self._note_ratio(tally, block, delta, bound, ratio, largest)
-        self._count_ulps(error, bound, merged)
+        return error, bound
 
     def _note_ratio(
         self,
@@ -277,21 +293,6 @@ class ParameterCertificate:
                 delta=float(delta[row, column]),
                 bound=float(bound[row, column]),
             )
-
-    def _count_ulps(self, error: torch.Tensor, bound: torch.Tensor, merged: torch.Tensor) -> None:
-        step = self._histogram_step
-        half = half_ulp(merged[::step], self.format)
-        self.ulp_histogram += _histogram(error[::step] / half)
-        self.bound_histogram += _histogram(bound[::step] / half)
-
-
-def _as_found(
-    merged: torch.Tensor, block: Block, where: torch.Tensor | slice = slice(None)
-) -> torch.Tensor:
-    """M as it is known of a block, in fp32: itself, or by its difference from W."""
-    if block.merged is not None:
-        return merged.float()
-    return subtract_rows(merged, block.subtracted[where])
 
 
 def _histogram(half_ulps: torch.Tensor) -> torch.Tensor:

@@ -60,11 +60,6 @@ class RecipeTally:
     unexplained: int = 0
     abandoned: bool = False
 
-    @property
-    def largest_mismatch_ulps(self) -> float:
-        """Until `verdict` reads `RecipeSearch.isolated` instead."""
-        return 2.0 if self.unexplained else 0.0
-
 
 class RecipeSearch:
     """Predicts a parameter by every recipe, block by block, and counts what it finds otherwise.
@@ -77,8 +72,6 @@ class RecipeSearch:
 
     Attributes:
         tallies: one for each distinct recipe.
-        order_effect: how many elements of M would be others, about, if D were summed in float64.
-        format_effect: or if D were rounded to the format (not rounded, where the recipe does).
     """
 
     def __init__(
@@ -86,8 +79,7 @@ class RecipeSearch:
     ) -> None:
         self.update, self.format, self.elements = update, format, elements
         self.tallies = _distinct_recipes(format, stored, update.scaling)
-        self.order_effect = 0.0
-        self.format_effect = 0.0
+        self._order_changes = self._format_changes = self._sampled = 0
 
     @property
     def best(self) -> RecipeTally:
@@ -98,6 +90,16 @@ class RecipeSearch:
     def reproduced_by(self) -> list[str]:
         """Names of the recipes that give every bit."""
         return [name for tally in self.tallies if not tally.mismatches for name in tally.names]
+
+    @property
+    def order_effect(self) -> float:
+        """How many elements of M would be others, about, if D were summed in float64."""
+        return self._order_changes * self.elements / max(1, self._sampled)
+
+    @property
+    def format_effect(self) -> float:
+        """Or if D were rounded to the format first; if it were not, where the recipe does."""
+        return self._format_changes * self.elements / max(1, self._sampled)
 
     @property
     def isolated(self) -> int:
@@ -115,13 +117,13 @@ class RecipeSearch:
             return best.mismatches
         return best.disordered if most < self.format_effect else best.unexplained
 
-    def add(self, block: Block, delta: torch.Tensor, *, sample: int) -> None:
+    def add(self, block: Block, delta: torch.Tensor, *, sampled: bool) -> None:
         """Take one block into account.
 
         Args:
             block: the rows.
             delta: the same rows of s * B @ A in float64.
-            sample: the effects are measured on every so many rows.
+            sampled: measure on this block what other arithmetic would change.
         """
         found = block.task_vector if block.merged is None else block.merged.float()
         live = [tally for tally in self.tallies if not tally.abandoned]
@@ -129,8 +131,8 @@ class RecipeSearch:
         for tally in live:
             D = recipe_delta(tally.recipe, self.update, block.start, block.stop, self.format)
             predicted = _as_found(merge_rows(tally.recipe, block.base, D, self.format), block)
-            if tally is live[0]:
-                self._measure_effects(tally.recipe, block, delta, predicted, sample)
+            if sampled and tally is live[0]:
+                self._measure_effects(tally.recipe, block, delta, predicted)
             if float(differing(predicted, found).sum()):
                 differs = predicted != found
                 differs &= ~(predicted.isnan() & found.isnan())
@@ -170,28 +172,22 @@ class RecipeSearch:
         return chosen.numel() - int(((low <= chosen) & (chosen <= high)).sum())
 
     def _measure_effects(
-        self,
-        recipe: Recipe,
-        block: Block,
-        delta: torch.Tensor,
-        predicted: torch.Tensor,
-        sample: int,
+        self, recipe: Recipe, block: Block, delta: torch.Tensor, predicted: torch.Tensor
     ) -> None:
-        rows = slice(None, None, sample)
         if recipe.round_factors:
             rounded = self.update.rounded_factors(self.format.dtype)
             delta = rounded.exact(block.start, block.stop)
-        exact = delta[rows].float()
 
-        def changed(D: torch.Tensor) -> float:
-            other = _as_found(merge_rows(recipe, block.base[rows], D, self.format), block, rows)
-            count = float(differing(other, predicted[rows]).sum())
-            return count * delta.numel() / exact.numel()
+        def changed(D: torch.Tensor) -> int:
+            other = _as_found(merge_rows(recipe, block.base, D, self.format), block)
+            return int(differing(other, predicted).bool().count_nonzero())
 
+        exact = delta.float()
         narrowed = self.format.round(exact)
         in_order, in_format = (narrowed, exact) if recipe.round_delta else (exact, narrowed)
-        self.order_effect += changed(in_order)
-        self.format_effect += changed(in_format)
+        self._order_changes += changed(in_order)
+        self._format_changes += changed(in_format)
+        self._sampled += delta.numel()
 
 
 def differing(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
@@ -200,12 +196,12 @@ def differing(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 
 
 def _as_found(
-    merged: torch.Tensor, block: Block, where: torch.Tensor | slice = slice(None)
+    merged: torch.Tensor, block: Block, where: torch.Tensor | None = None
 ) -> torch.Tensor:
     """M as it is known of a block, in fp32: itself, or by its difference from W."""
     if block.merged is not None:
         return merged.float()
-    return subtract_rows(merged, block.subtracted[where])
+    return subtract_rows(merged, block.subtracted if where is None else block.subtracted[where])
 
 
 def _distinct_recipes(format: Format, stored: torch.dtype, scaling: float) -> list[RecipeTally]:

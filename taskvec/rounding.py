@@ -195,6 +195,7 @@ def bound_rows(
     base: torch.Tensor,
     base_format: Format | None,
     format: Format,
+    recovered: bool = False,
 ) -> torch.Tensor:
     """What |T - delta| may be, element by element, if M was merged by a recipe of the family.
 
@@ -215,13 +216,15 @@ def bound_rows(
         merged, base: rows of M and of what was subtracted from it, both float64 or both fp32,
             which is also what the bound is computed in.
         base_format: what that base was rounded to before; None: as stored.
+        recovered: M is not known but by its difference from W; then |M - W| counts eight times,
+            which is more than the half ulp of M can be off by.
 
     Returns:
         (stop - start, columns) in their dtype, positive.
     """
     dtype = merged.dtype
     bound = _rounding(merged, format)
-    bound.add_((merged - base).abs_(), alpha=U32)
+    bound.add_((merged - base).abs_(), alpha=8 * U32 if recovered else U32)
     used = update.rounded_factors(format.dtype) if family.round_factors else update
     computed = delta_error(used, start, stop, dtype)
     if family.round_factors:
