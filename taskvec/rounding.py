@@ -236,9 +236,8 @@ def bound_rows(
         bound += _rounding(base, format)
     if family.round_delta:
         size = computed.add_(delta.abs().to(dtype))
-        if family.round_factors and update.scaling and not is_power_of_two(update.scaling):
-            scale = abs(update.scaling)
-            product = _rounding(size / scale, format).mul_(scale)
+        if family.round_factors and update.scaling:
+            product = _rounding_before_scaling(size, update.scaling, format)
             bound += product
             size += product
         bound += _rounding(size, format)
@@ -287,8 +286,8 @@ def merged_interval(
     Args:
         base: rows of W as stored.
         where: bool, (stop - start, columns): which elements to look at.
-        rounded_anywhere: allow that D was rounded to a narrow format wherever it can be: four unit
-            roundoffs of |s| (|B| @ |A|), half an ulp of B @ A and half an ulp of D.
+        rounded_anywhere: allow that D was rounded to the format wherever it can be: its factors,
+            also folded with s, B @ A, and D.
 
     Returns:
         in the format's dtype, as many elements as ``where`` selects.
@@ -299,8 +298,13 @@ def merged_interval(
     base, center = base[where], update.exact(start, stop)[where]
     reach = delta_error(update, start, stop)[where] + underflow(update)
     if narrow and rounded_anywhere:
+        rounded = update.rounded_factors(format.dtype)
         reach += update.magnitude(start, stop)[where] * (4 * format.unit_roundoff)
-        reach += 2 * half_ulp(center.abs() + reach, format)
+        reach += (rounded.exact(start, stop)[where] - center).abs_()
+        size = center.abs() + reach
+        if update.scaling:
+            size += _rounding_before_scaling(size, update.scaling, format)
+        reach = size - center.abs() + half_ulp(size, format)
     ends = [(center - reach).float(), (center + reach).float()]
     if narrow and recipe.round_delta and not rounded_anywhere:
         ends = [format.round(end) for end in ends]
@@ -322,6 +326,18 @@ def _rounding(values: torch.Tensor, format: Format) -> torch.Tensor:
     """
     half = half_ulp(values, format)
     return half if format is FP32 else half.mul_(1 + U32 * (2.0 ** (format.bits + 1) + 1))
+
+
+def _rounding_before_scaling(size: torch.Tensor, scaling: float, format: Format) -> torch.Tensor:
+    """What rounding D / s can do to a D of up to ``size``; nothing where that rounds D itself.
+
+    A power of two commutes with rounding, but for numbers that are subnormal before or after it.
+    """
+    scale = abs(scaling)
+    product = _rounding(size / scale, format).mul_(scale)
+    if is_power_of_two(scaling):
+        product.masked_fill_(product == _rounding(size, format), 0.0)
+    return product
 
 
 def _is_fp32(value: float) -> bool:

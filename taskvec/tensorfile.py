@@ -237,19 +237,10 @@ class TensorFileWriter:
 
 
 def row_blocks(info: TensorInfo, elements: int) -> Iterator[tuple[int, int]]:
-    """Cut a tensor's rows into blocks ``(start, stop)`` of about ``elements`` elements.
-
-    No block has exactly one row unless the tensor has, because a one-row matmul may take another
-    path through the BLAS and give other last bits than the whole matmul.
-    """
-    step = max(2, elements // max(1, info.row_elements))
-    start = 0
-    while start < info.rows:
-        stop = min(start + step, info.rows)
-        if info.rows - stop == 1:
-            stop = info.rows
-        yield start, stop
-        start = stop
+    """Cut rows into blocks ``(start, stop)`` of at most ``elements`` elements, but of one row."""
+    step = max(1, elements // max(1, info.row_elements))
+    for start in range(0, info.rows, step):
+        yield start, min(start + step, info.rows)
 
 
 def _bytes_of(buffer: torch.Tensor) -> memoryview:

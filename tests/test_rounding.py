@@ -528,13 +528,34 @@ def test_rounding_the_delta_anywhere_stays_in_the_lenient_interval(format: Forma
             assert inside(merge_rows(recipe, base, D, format), ends).all()
 
 
+def test_rounding_a_subnormal_delta_stays_in_the_lenient_interval() -> None:
+    """Down there half an ulp of D is far more than any unit roundoff of it."""
+    update, recipe = update_of(40, 30, 8, 0.7), RECIPE["once"]
+    update = Update("weight", update.A, update.B * 2.0**-12, 0.7)
+    base = torch.randn(40, 30, generator=torch.Generator().manual_seed(6)) * 1e-6
+    ends = merged_interval(
+        recipe,
+        update,
+        0,
+        40,
+        base=base,
+        format=FP16,
+        where=torch.ones(40, 30, dtype=torch.bool),
+        rounded_anywhere=True,
+    )
+    D = FP16.round(FP16.round(update.B @ update.A) * 0.7)
+    merged = merge_rows(recipe, base, D, FP16)
+    assert not torch.equal(merged, merge_rows(recipe, base, update.delta(0, 40), FP16))
+    assert inside(merged, ends).all()
+
+
 # --- the same bits, block by block ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_blocks_of_rows_have_the_bits_of_the_whole_product(threads: int, transposed: bool) -> None:
-    """From two rows on: `tensorfile.row_blocks` never cuts a single row off."""
+    """Also of a single row, which the BLAS would compute on another path than the whole."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -547,7 +568,7 @@ def test_blocks_of_rows_have_the_bits_of_the_whole_product(threads: int, transpo
             update = Update("weight", A, B, 1.37, transposed)
             rows = update.shape[0]
             whole = (B @ A).T * 1.37 if transposed else B @ A * 1.37
-            for size, place in itertools.product((2, 3, 42), (0, 0.37, 1)):
+            for size, place in itertools.product((1, 2, 3, 4, 16, 42), (0, 0.37, 1)):
                 start = int(place * max(0, rows - size))
                 stop = min(rows, start + size)
                 assert torch.equal(update.delta(start, stop), whole[start:stop])
