@@ -106,12 +106,12 @@ def analyze(
     Raises:
         UserError: an input is unusable, the two files do not fit together, or one holds NaN.
     """
+    from taskvec.figures.mathematics import CAPTIONS, draw
     from taskvec.mathematics.document import Analysis
     from taskvec.mathematics.pair import pairs
     from taskvec.mathematics.parameter import analyse
     from taskvec.mathematics.report import markdown
     from taskvec.output import output_directory, write_json
-    from taskvec.plots_math import CAPTIONS, draw
     from taskvec.taskvector import open_task_vector
     from taskvec.tensorfile import TensorFile
 

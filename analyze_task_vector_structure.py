@@ -95,8 +95,8 @@ def analyze(
     Raises:
         UserError: an input is unusable, or the two models do not fit together.
     """
-    from taskvec import plots_task_vector
     from taskvec.breakdown import breakdown
+    from taskvec.figures import task_vector as figures
     from taskvec.output import output_directory, write_json
     from taskvec.subject import open_subject
     from taskvec.tables import write_csv
@@ -119,9 +119,9 @@ def analyze(
         write_json(partial / RESULT, content)
         rows = [{"name": name, **entry} for name, entry in content["parameters"].items()]
         write_csv(partial / TABLE, list(rows[0]), rows)
-        plots_task_vector.shares(content, partial / SHARES_FIGURE)
+        figures.shares(content, partial / SHARES_FIGURE)
         if content["summary"]["median_stable_rank"] is not None:
-            plots_task_vector.ranks(content, partial / RANKS_FIGURE)
+            figures.ranks(content, partial / RANKS_FIGURE)
     return StructureResult(Path(output_dir), content)
 
 

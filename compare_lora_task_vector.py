@@ -27,11 +27,12 @@ from taskvec.wording import number
 if TYPE_CHECKING:  # torch is loaded only when there is work to do: --help stays fast
     import torch
 
-    from taskvec.adapter import Adapter, Update
+    from taskvec.adapter import Adapter
     from taskvec.checkpoint import Checkpoint
     from taskvec.compare import ParameterResult
     from taskvec.taskvector import TaskVector
     from taskvec.tensorfile import TensorFileWriter
+    from taskvec.update import Update
 
 RESULTS, DELTAS, REPORT = (
     "comparison_results.json",
@@ -223,17 +224,17 @@ def _write_delta(update: Update, writer: TensorFileWriter) -> None:
 
 
 def _draw(content: dict[str, Any], directory: Path, architecture: bool) -> None:
-    from taskvec import plots
+    from taskvec.figures import comparison as figures
 
     cli.notice("Drawing figures ...")
-    plots.cosine_similarity(content, directory / FIGURES[0])
-    plots.norm_distribution(content, directory / FIGURES[1])
-    plots.modification_heatmap(content, directory / FIGURES[2])
-    plots.rounding_errors(
+    figures.cosine_similarity(content, directory / FIGURES[0])
+    figures.norm_distribution(content, directory / FIGURES[1])
+    figures.modification_heatmap(content, directory / FIGURES[2])
+    figures.rounding_errors(
         {content["summary"]["certificate"]["precision"]: content}, directory / FIGURES[3]
     )
     if architecture:
-        plots.architecture_coverage(content, directory / ARCHITECTURE_FIGURE)
+        figures.architecture_coverage(content, directory / ARCHITECTURE_FIGURE)
 
 
 def print_result(result: ComparisonResult) -> None:

@@ -357,14 +357,14 @@ def _available_memory(device: str) -> int | None:
 
 
 def _draw_precisions(subjects: Sequence[Subject], directory: Path) -> None:
-    from taskvec import plots
+    from taskvec.figures import comparison as figures
     from taskvec.output import output_file
 
     documents = {subject.label: subject.comparison.document for subject in subjects}
     with output_file(directory / IMPACT_FIGURE) as partial:
-        plots.precision_impact(documents, partial)
+        figures.precision_impact(documents, partial)
     with output_file(directory / ULP_FIGURE) as partial:
-        plots.rounding_errors(documents, partial)
+        figures.rounding_errors(documents, partial)
     for subject in subjects:
         cli.detail(f"      {subject.comparison.summary['certificate']['cost']['sentence']}")
 

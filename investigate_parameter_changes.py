@@ -212,8 +212,8 @@ def _adopt(entries: dict[str, dict[str, Any]], path: Path, required: bool) -> Pa
 
 
 def _write(content: dict[str, Any], directory: Path) -> None:
+    from taskvec.figures.task_vector import change_norms
     from taskvec.output import write_json
-    from taskvec.plots_task_vector import change_norms
     from taskvec.tables import write_csv
 
     write_json(directory / RESULT, content)

@@ -220,8 +220,8 @@ def _document(
 
 
 def _write(content: dict[str, Any], directory: Path) -> None:
+    from taskvec.figures.task_vector import artifacts_by_precision
     from taskvec.output import write_json
-    from taskvec.plots_task_vector import artifacts_by_precision
 
     write_json(directory / RESULT, content)
     artifacts_by_precision(content, directory / FIGURE)

@@ -139,7 +139,7 @@ def _architecture(base: Checkpoint) -> str | None:
 
 
 def _draw(document: dict[str, Any], directory: Path) -> None:
-    from taskvec.plots_architecture import model_structure
+    from taskvec.figures.architecture import model_structure
 
     cli.notice("Drawing the figure ...")
     model_structure(document, [directory / name for name in FIGURES])

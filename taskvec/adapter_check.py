@@ -15,15 +15,7 @@ from typing import Any
 
 import torch
 
-from taskvec.adapter import (
-    WEIGHTS_FILE,
-    LoraConfig,
-    Update,
-    factor_of,
-    load_config,
-    naming_rules,
-    open_adapter,
-)
+from taskvec.adapter import WEIGHTS_FILE, factor_of, open_adapter
 from taskvec.adapter_fit import coverage_problems, fit_problems, target_problems
 from taskvec.adapter_problems import (
     ERROR,
@@ -37,8 +29,11 @@ from taskvec.adapter_problems import (
 )
 from taskvec.checkpoint import Checkpoint, locate_adapter
 from taskvec.cli import UserError
+from taskvec.lora_config import LoraConfig, load_config
+from taskvec.names import naming_rules
 from taskvec.targets import TargetRule
 from taskvec.tensorfile import TensorFile, TensorInfo, row_blocks
+from taskvec.update import Update
 
 _BLOCK_ELEMENTS = 1 << 20
 _FP32_LARGEST = torch.finfo(torch.float32).max

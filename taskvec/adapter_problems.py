@@ -10,8 +10,9 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from taskvec.adapter import LoraConfig, factor_of, refusals
+from taskvec.adapter import factor_of
 from taskvec.cli import UserError
+from taskvec.lora_config import LoraConfig, refusals
 from taskvec.tensorfile import TensorInfo
 
 ERROR, WARNING = "error", "warning"

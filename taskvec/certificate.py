@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from taskvec.adapter import Update
 from taskvec.recipes import RecipeSearch, RecipeTally, differing
 from taskvec.rounding import (
     FP32,
@@ -31,6 +30,7 @@ from taskvec.rounding import (
     loses,
     subtract_rows,
 )
+from taskvec.update import Update
 
 ULP_BINS, ULP_RANGE = 120, 3.0  # histograms of |T - delta| and of its bound, in ulps of M
 HISTOGRAM_ELEMENTS = 1 << 20  # of each parameter, in evenly spaced blocks

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import torch
 
-from taskvec.adapter import Update
 from taskvec.certificate import Block, ParameterCertificate
 from taskvec.checkpoint import Checkpoint
 from taskvec.rounding import NARROW_FORMATS, Format, subtract_rows
 from taskvec.taskvector import TaskVector
 from taskvec.tensorfile import row_blocks
+from taskvec.update import Update
 
 PERFECT_COSINE = 0.9999
 BLOCK_ELEMENTS = 1 << 19

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from taskvec.adapter import Adapter, Update
+from taskvec.adapter import Adapter
 from taskvec.checkpoint import Checkpoint
 from taskvec.cli import UserError
 from taskvec.compare import BLOCK_ELEMENTS, Magnitude, PairSums
@@ -34,6 +34,7 @@ from taskvec.rounding import (
 from taskvec.subject import stored_blocks
 from taskvec.taskvector import BASE_PRECISION, StoredTaskVector
 from taskvec.tensorfile import TensorInfo, row_blocks
+from taskvec.update import Update
 
 STORED = "stored"
 

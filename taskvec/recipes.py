@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from taskvec.adapter import Update
 from taskvec.rounding import (
     FP32,
     RECIPES,
@@ -26,6 +25,7 @@ from taskvec.rounding import (
     recipe_delta,
     subtract_rows,
 )
+from taskvec.update import Update
 
 if TYPE_CHECKING:
     from taskvec.certificate import Block

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from taskvec.adapter import Update
+from taskvec.update import Update
 
 U32 = 2.0**-24
 # Covers, by halves: the roundings of evaluating a bound (a dozen in fp32, all its terms being

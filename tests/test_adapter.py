@@ -10,9 +10,10 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from transformers import AutoModel, GPT2Config, GPT2LMHeadModel
 
-from taskvec.adapter import Update, open_adapter
+from taskvec.adapter import open_adapter
 from taskvec.checkpoint import open_checkpoint
 from taskvec.cli import UserError
+from taskvec.update import Update
 from tests.checks import edit_json, edit_tensors
 from tests.models import FAMILIES, TARGETS, load
 

@@ -19,8 +19,8 @@ import analyze_lora_vs_task_vector_math as script
 from compare_lora_task_vector import compare
 from extract_task_vectors import extract
 from merge_lora import merge
-from taskvec import plots_math
 from taskvec.cli import UserError
+from taskvec.figures import mathematics as figures
 from taskvec.mathematics import identities
 from taskvec.mathematics.document import module_labels
 from taskvec.mathematics.report import finding
@@ -88,7 +88,7 @@ def chain(starcoder2, lora, tmp_path_factory):
 @pytest.fixture
 def no_figures(monkeypatch):
     """Drawing takes longest, and most tests do not look."""
-    monkeypatch.setattr(plots_math, "draw", lambda document, directory: {})
+    monkeypatch.setattr(figures, "draw", lambda document, directory: {})
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,7 @@ def pooled(tensors):
 
 def test_the_files_are_those_of_the_contract(fp16):
     assert names(fp16.output_dir) == sorted(
-        ["mathematical_analysis.json", "mathematical_analysis.md", *plots_math.CAPTIONS]
+        ["mathematical_analysis.json", "mathematical_analysis.md", *figures.CAPTIONS]
     )
 
 
@@ -491,7 +491,7 @@ def test_the_json_is_strict(fp16):
 
 def test_every_figure_has_its_caption_in_the_report(fp16):
     text = (fp16.output_dir / script.REPORT).read_text(encoding="utf-8")
-    for file, caption in plots_math.CAPTIONS.items():
+    for file, caption in figures.CAPTIONS.items():
         assert f"]({file})" in text and f"*{file}*: {caption}" in text
         assert (fp16.output_dir / file).read_bytes().startswith(b"\x89PNG")
 

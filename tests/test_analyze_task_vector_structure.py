@@ -234,12 +234,12 @@ def test_ranks_can_be_left_out(vectors, tmp_path):
 
 
 def test_the_figures_state_their_findings(fp16, tmp_path):
-    from taskvec import plots_task_vector
+    from taskvec.figures import task_vector as figures
 
-    shares = plots_task_vector.shares(fp16.document, tmp_path / "shares.png")
+    shares = figures.shares(fp16.document, tmp_path / "shares.png")
     assert 0.9995 < fp16.document["by_block"]["attention"]["squared_norm_share"] < 1
     assert _title(shares).startswith(">99.9 % of the change is in attention")
-    ranks = plots_task_vector.ranks(fp16.document, tmp_path / "ranks.png")
+    ranks = figures.ranks(fp16.document, tmp_path / "ranks.png")
     assert _title(ranks).startswith(
         f"Median stable rank {fp16.summary['median_stable_rank']:.3g} and effective rank"
     )

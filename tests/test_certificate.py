@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 
 from compare_lora_task_vector import compare
 from merge_lora import merge
-from taskvec.adapter import Update
 from taskvec.certificate import (
     HISTOGRAM_ELEMENTS,
     ULP_BINS,
@@ -41,6 +40,7 @@ from taskvec.rounding import (
     recipe_delta,
     subtract_rows,
 )
+from taskvec.update import Update
 from taskvec.verdict import judge, rounding_cost
 from tests.checks import edit_tensors
 from tests.models import peft_merge

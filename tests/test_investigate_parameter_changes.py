@@ -346,7 +346,7 @@ def test_values_come_from_yaml_too(vectors, tmp_path):
 
 
 def test_the_figure_counts_each_reason(starcoder2, lora, vectors, tmp_path):
-    from taskvec.plots_task_vector import change_norms
+    from taskvec.figures.task_vector import change_norms
 
     document = investigate(
         vectors, "fp16", tmp_path / "out", base_model=str(starcoder2), lora_path=str(lora)

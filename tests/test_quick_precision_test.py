@@ -345,7 +345,7 @@ def test_values_come_from_yaml_too(starcoder2, lora, tmp_path, capsys):
 
 
 def test_the_figure_states_the_finding_of_its_document(starcoder2, lora, tmp_path):
-    from taskvec.plots_task_vector import artifacts_by_precision
+    from taskvec.figures.task_vector import artifacts_by_precision
 
     document = run_merges(starcoder2, lora, tmp_path / "out").document
     figure = artifacts_by_precision(document, tmp_path / "figure.png")

@@ -16,7 +16,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from transformers.pytorch_utils import Conv1D
 
-from taskvec.adapter import Update
 from taskvec.rounding import (
     BF16,
     FORMATS,
@@ -39,6 +38,7 @@ from taskvec.rounding import (
     recipe_delta,
     subtract_rows,
 )
+from taskvec.update import Update
 
 RECIPE = {recipe.name: recipe for recipe in RECIPES}
 SCALINGS = (1.0, -2.0, 0.3, 16 / math.sqrt(8))

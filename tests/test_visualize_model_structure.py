@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
 import visualize_model_structure
-from taskvec.plots_architecture import MOST_ROWS, model_structure, title
+from taskvec.figures.architecture import MOST_ROWS, model_structure, title
 from taskvec.tensorfile import TensorFileWriter
 from visualize_model_structure import describe
 

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 
 import torch
 
-from taskvec.adapter import Adapter, Update
+from taskvec.adapter import Adapter
 from taskvec.certificate import Block
 from taskvec.checkpoint import Checkpoint
 from taskvec.compare import Comparison, read_blocks
 from taskvec.rounding import NARROW_FORMATS, Format, subtract_rows
 from taskvec.taskvector import TaskVector
 from taskvec.tensorfile import row_blocks
+from taskvec.update import Update
 
 _PROBE_ELEMENTS = 1 << 15
 

@@ -11,11 +11,11 @@ from dataclasses import replace
 
 import torch
 
-from taskvec.adapter import Update
 from taskvec.certificate import Block, ParameterCertificate
 from taskvec.compare import Comparison, ParameterResult
 from taskvec.diagnosis.case import Case, lower_formats, merged_rows, wide, worst_row
 from taskvec.rounding import FP32, U32, Format, bound_rows, families
+from taskvec.update import Update
 
 _NO_INFORMATION = 2.0**-60  # an element with delta below this part of its tolerance tells no factor
 

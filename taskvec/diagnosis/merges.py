@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from taskvec.adapter import Update
 from taskvec.certificate import Block
 from taskvec.compare import Comparison, ParameterResult
 from taskvec.diagnosis.case import Case, lower_formats, wide, worst_row
@@ -26,6 +25,7 @@ from taskvec.rounding import (
     recipe_delta,
     subtract_rows,
 )
+from taskvec.update import Update
 
 # Of the elements that moved, a wrong hypothesis misses about half or more; the right one misses
 # those that another matmul's last bits turn over, and damaged ones.

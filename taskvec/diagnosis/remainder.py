@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from taskvec.adapter import Update
 from taskvec.compare import Comparison, ParameterResult
 from taskvec.diagnosis.case import Case, merged_rows
 from taskvec.noisefloor import NoiseProfile, rounding_variance
@@ -27,6 +26,7 @@ from taskvec.spectrum import (
     spectrum,
     subspace_similarity,
 )
+from taskvec.update import Update
 
 ADDITIONAL, OTHER, RESCALED = "additional", "other", "rescaled"
 FURTHER, GONE, UNRELATED = "further", "gone", "unrelated"

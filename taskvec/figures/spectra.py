@@ -19,9 +19,7 @@ from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from taskvec.mathematics.document import LOST, RANDOM
-from taskvec.mathematics.report import share
-from taskvec.plotstyle import (
+from taskvec.figures.style import (
     BLUE,
     LIGHT_PURPLE,
     MARGIN,
@@ -39,6 +37,8 @@ from taskvec.plotstyle import (
     style,
     tick_step,
 )
+from taskvec.mathematics.document import LOST, RANDOM
+from taskvec.mathematics.report import share
 
 Document = dict[str, Any]
 

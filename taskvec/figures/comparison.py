@@ -17,12 +17,12 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import NullLocator
 
-from taskvec import plottitles as titles
 from taskvec.compare import PERFECT_COSINE
-from taskvec.plotbars import precision_impact, rounding_errors
-from taskvec.plotgrid import projection_rank, row_key
-from taskvec.plotmaps import architecture_coverage, modification_heatmap
-from taskvec.plotstyle import (
+from taskvec.figures import titles as titles
+from taskvec.figures.bars import precision_impact, rounding_errors
+from taskvec.figures.grid import projection_rank, row_key
+from taskvec.figures.maps import architecture_coverage, modification_heatmap
+from taskvec.figures.style import (
     CROSS,
     FAINT,
     HATCH,
@@ -45,7 +45,7 @@ from taskvec.plotstyle import (
     superscript,
     tick_step,
 )
-from taskvec.plottitles import Document, adapted, flagged, only
+from taskvec.figures.titles import Document, adapted, flagged, only
 
 __all__ = [
     "architecture_coverage",

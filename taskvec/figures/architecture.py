@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from taskvec.architecture import fold_numbers
-from taskvec.plotstyle import (
+from taskvec.figures.style import (
     HATCH,
     LIGHT_PURPLE,
     MARGIN,

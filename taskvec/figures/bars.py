@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from taskvec import plottitles as titles
-from taskvec.plotstyle import (
+from taskvec.figures import titles as titles
+from taskvec.figures.style import (
     BLUE,
     HATCH,
     INK,
@@ -32,7 +32,7 @@ from taskvec.plotstyle import (
     style,
     text_width,
 )
-from taskvec.plottitles import Document
+from taskvec.figures.titles import Document
 
 
 @style()

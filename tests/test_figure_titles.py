@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from taskvec import plotstyle, plottitles
+from taskvec.figures import style, titles
 from tests.plot_documents import real_documents
 
 
@@ -20,21 +20,21 @@ def documents() -> dict[str, dict[str, Any]]:
 def test_titles_state_the_findings_of_a_merge_that_holds(documents):
     fp32, fp16 = documents["fp32"], documents["fp16"]
     total = fp32["summary"]["total_parameters"]
-    title = plottitles.cosine_similarity(fp32).title
+    title = titles.cosine_similarity(fp32).title
     assert title.startswith("All 8 adapted parameters point where the adapter says: cosine ≥ 0.999")
-    assert plottitles.modification_heatmap(fp32).title == (
+    assert titles.modification_heatmap(fp32).title == (
         f"8 of {total} parameters changed, all by the adapter (q_proj, k_proj, v_proj and o_proj "
         "in all 2 layers); the rest is bit for bit the base's"
     )
-    assert plottitles.modification_heatmap(fp16).title == (
+    assert titles.modification_heatmap(fp16).title == (
         f"All {total} parameters changed: 8 by the adapter (q_proj, k_proj, v_proj and o_proj "
         f"in all 2 layers), {total - 8} by rounding alone"
     )
-    assert plottitles.norm_distribution(fp16).title.startswith(
+    assert titles.norm_distribution(fp16).title.startswith(
         f"{total - 8} parameters changed by rounding alone, beside the adapter's 8: median ‖T‖ "
     )
     checked = 2 * (32 * 32 * 2 + 16 * 32 * 2)  # q and o, k and v, in two layers
-    assert plottitles.rounding_errors({"fp32": fp32}).title.startswith(
+    assert titles.rounding_errors({"fp32": fp32}).title.startswith(
         f"Each of the {checked:,} adapted weights is within its rounding bound in fp32"
     )
 
@@ -45,19 +45,19 @@ def test_the_coverage_title_has_the_shares_of_starcoder2_3b(documents):
     content["summary"]["storage"].update(
         adapter_bytes=4 * 4546560, dense_task_vector_bytes=4 * 3030371328
     )
-    assert plottitles.architecture_coverage(content).title == (
+    assert titles.architecture_coverage(content).title == (
         "The adapter touches 24.84 % of the tensors, 20.24 % of the elements, and stores 0.15 % "
         "of the bytes"
     )
 
 
 def test_titles_name_what_failed(documents):
-    assert plottitles.norm_distribution(documents["zeroed"]).title == (
+    assert titles.norm_distribution(documents["zeroed"]).title == (
         "1 of 8 adapted parameters did not change (layer 0 v_proj)"
     )
-    nothing = plottitles.norm_distribution(documents["nothing"]).title
+    nothing = titles.norm_distribution(documents["nothing"]).title
     assert nothing.startswith("8 of 8 adapted parameters did not change (layer 0 ")
-    negated = plottitles.cosine_similarity(documents["negated"])
+    negated = titles.cosine_similarity(documents["negated"])
     assert negated.failed and negated.title.endswith("(layer 1 q_proj), cosine −1.0000")
 
 
@@ -73,7 +73,7 @@ def test_titles_name_what_failed(documents):
     ],
 )
 def test_a_cosine_is_rounded_down(cosine, text):
-    assert plottitles.floored(cosine) == text
+    assert titles.floored(cosine) == text
     assert float(text) <= cosine
 
 
@@ -89,7 +89,7 @@ def test_a_cosine_is_rounded_down(cosine, text):
     ],
 )
 def test_short_names_are_what_people_say(name, text):
-    assert plottitles.short_name(name) == text
+    assert titles.short_name(name) == text
 
 
 @pytest.mark.parametrize(
@@ -97,4 +97,4 @@ def test_short_names_are_what_people_say(name, text):
     [(0, "0"), (1e-3, "0.001"), (1.84e-5, "1.8×10⁻⁵"), (1e6, "10⁶"), (12345.6, "12,346")],
 )
 def test_numbers_are_written_for_people(value, text):
-    assert plotstyle.scientific(value, 0 if math.log10(value or 1).is_integer() else 1) == text
+    assert style.scientific(value, 0 if math.log10(value or 1).is_integer() else 1) == text

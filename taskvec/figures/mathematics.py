@@ -1,6 +1,6 @@
 """The figures of the mathematical analysis, drawn from mathematical_analysis.json alone.
 
-Here are those about single elements; `taskvec.plots_spectra` has those about matrices.
+Here are those about single elements; `taskvec.figures.spectra` has those about matrices.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from taskvec.mathematics.report import share
-from taskvec.plots_spectra import norms, similarity, spectra
-from taskvec.plotstyle import (
+from taskvec.figures.spectra import norms, similarity, spectra
+from taskvec.figures.style import (
     BLUE,
     LIGHT_RED,
     MARGIN,
@@ -33,6 +32,7 @@ from taskvec.plotstyle import (
     scientific,
     style,
 )
+from taskvec.mathematics.report import share
 from taskvec.streamstats import magnitude_edges
 from taskvec.wording import percent
 

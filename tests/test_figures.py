@@ -17,16 +17,17 @@ from matplotlib.image import AxesImage
 from matplotlib.markers import MarkerStyle
 from PIL import Image
 
-from taskvec import plots, plotstyle, plottitles
+from taskvec.figures import comparison, titles
+from taskvec.figures import style as look
 from tests.plot_documents import EDGE_CASES, NEGATED, ZEROED, made_up, real_documents
 
 SINGLE = (
-    plots.cosine_similarity,
-    plots.norm_distribution,
-    plots.modification_heatmap,
-    plots.architecture_coverage,
+    comparison.cosine_similarity,
+    comparison.norm_distribution,
+    comparison.modification_heatmap,
+    comparison.architecture_coverage,
 )
-PER_PRECISION = (plots.rounding_errors, plots.precision_impact)
+PER_PRECISION = (comparison.rounding_errors, comparison.precision_impact)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def test_the_made_up_documents_have_only_what_real_ones_have(documents):
 @pytest.fixture
 def unwritten(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures are laid out, but no PNG is written: that takes most of the time."""
-    monkeypatch.setattr(plotstyle.Page, "save", lambda page, path: page.figure)
+    monkeypatch.setattr(look.Page, "save", lambda page, path: page.figure)
 
 
 def drawn(draw: Any, content: dict[str, Any], path: Path) -> Figure:
@@ -138,7 +139,7 @@ def test_a_failed_certificate_is_said_first_and_names_the_parameter(
     failed = drawn(draw, documents["negated"], tmp_path / "failed.png")
     assert not any("FAILED" in text for text in texts_of(passed))
     assert "✗ VALIDATION FAILED" in texts_of(failed)
-    if draw is plots.rounding_errors:
+    if draw is comparison.rounding_errors:
         assert title_of(failed).startswith("Beyond the rounding bound: 1,0")
     else:
         assert "layer 1 q_proj" in title_of(failed)
@@ -146,10 +147,10 @@ def test_a_failed_certificate_is_said_first_and_names_the_parameter(
 
 def test_a_figure_depends_on_the_document_alone(documents, tmp_path):
     first, second = tmp_path / "1.png", tmp_path / "2.png"
-    plots.norm_distribution(documents["fp16"], first)
+    comparison.norm_distribution(documents["fp16"], first)
     with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "black", "savefig.dpi": 20}):
         before = dict(matplotlib.rcParams)
-        plots.norm_distribution(documents["fp16"], second)
+        comparison.norm_distribution(documents["fp16"], second)
         assert dict(matplotlib.rcParams) == before
     assert first.read_bytes() == second.read_bytes()
 
@@ -160,7 +161,7 @@ def test_purple_and_red_differ_in_lightness_too():
                   for v in to_rgba(color)[:3]]  # fmt: skip
         return float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
 
-    contrast = (luminance(plotstyle.RED) + 0.05) / (luminance(plotstyle.PURPLE) + 0.05)
+    contrast = (luminance(look.RED) + 0.05) / (luminance(look.PURPLE) + 0.05)
     assert contrast > 2
 
 
@@ -180,7 +181,7 @@ def collections_in(figure: Figure, color: str) -> list[PathCollection]:
 
 
 def crosses_in(figure: Figure) -> int:
-    return sum(len(found.get_offsets()) for found in collections_in(figure, plotstyle.INK))
+    return sum(len(found.get_offsets()) for found in collections_in(figure, look.INK))
 
 
 def shape_of(collection: PathCollection) -> np.ndarray:
@@ -191,9 +192,9 @@ def test_norms_of_shared_parameters_are_purple_circles_and_others_red_triangles(
     documents, unwritten, tmp_path
 ):
     content = documents["fp16"]
-    figure = plots.norm_distribution(content, tmp_path / "norms.png")
-    (shared,) = collections_in(figure, plotstyle.PURPLE)
-    (others,) = collections_in(figure, plotstyle.RED)
+    figure = comparison.norm_distribution(content, tmp_path / "norms.png")
+    (shared,) = collections_in(figure, look.PURPLE)
+    (others,) = collections_in(figure, look.RED)
     summary = content["summary"]
     assert len(shared.get_offsets()) == summary["shared_parameters"] == 8
     assert len(others.get_offsets()) == summary["task_vector_only_parameters"]
@@ -207,13 +208,13 @@ def test_norms_of_shared_parameters_are_purple_circles_and_others_red_triangles(
 
 
 def test_norms_say_how_many_parameters_are_of_each_kind(documents, unwritten, tmp_path):
-    figure = plots.norm_distribution(documents["fp32"], tmp_path / "norms.png")
+    figure = comparison.norm_distribution(documents["fp32"], tmp_path / "norms.png")
     total = documents["fp32"]["summary"]["total_parameters"]
     texts = texts_of(figure)
     assert "shared (adapter and task vector): 8" in texts
     assert "task vector only: 0" in texts
     assert f"unchanged, ‖T‖ = 0: {total - 8}" in texts
-    assert not collections_in(figure, plotstyle.RED)
+    assert not collections_in(figure, look.RED)
 
 
 def cells_in(figure: Figure) -> np.ndarray:
@@ -236,7 +237,7 @@ def test_the_heatmap_has_one_cell_per_parameter_coloured_by_cause(documents, unw
     for name in ("fp32", "fp16"):
         content = documents[name]
         summary = content["summary"]
-        figure = plots.modification_heatmap(content, tmp_path / "heatmap.png")
+        figure = comparison.modification_heatmap(content, tmp_path / "heatmap.png")
         colours = cells_by_colour(figure)
         assert len(cells_in(figure)) - 2 * 128 == summary["total_parameters"]  # and the scale
         assert colours["purple"] - 128 == summary["shared_parameters"]
@@ -247,7 +248,7 @@ def test_the_heatmap_has_one_cell_per_parameter_coloured_by_cause(documents, unw
 @pytest.mark.parametrize("case", ["64 experts", "encoder and decoder", "no numbered layers"])
 def test_no_two_parameters_share_a_cell(case, unwritten, tmp_path):
     content = EDGE_CASES[case]
-    figure = plots.architecture_coverage(content, tmp_path / "coverage.png")
+    figure = comparison.architecture_coverage(content, tmp_path / "coverage.png")
     colours = cells_by_colour(figure)
     assert len(cells_in(figure)) == len(content["parameters"])
     assert colours["purple"] == content["summary"]["lora_parameters"]
@@ -256,13 +257,13 @@ def test_no_two_parameters_share_a_cell(case, unwritten, tmp_path):
 def test_a_darker_cell_is_a_larger_change(unwritten, tmp_path):
     names = [f"h.{layer}.a.weight" for layer in range(5)]
     content = made_up(names, names, norm=1e-4)
-    figure = plots.modification_heatmap(content, tmp_path / "heatmap.png")
+    figure = comparison.modification_heatmap(content, tmp_path / "heatmap.png")
     lightness = cells_in(figure)[:5].sum(axis=1)
     assert (np.diff(lightness) < 0).all()  # made_up's norms grow from layer to layer
 
 
 def test_every_failed_parameter_carries_a_cross(documents, unwritten, tmp_path):
-    for draw in (plots.modification_heatmap, plots.architecture_coverage):
+    for draw in (comparison.modification_heatmap, comparison.architecture_coverage):
         assert crosses_in(draw(documents["fp32"], tmp_path / "a.png")) == 0
         assert crosses_in(draw(documents["zeroed"], tmp_path / "a.png")) == 1
         assert crosses_in(draw(documents["nothing"], tmp_path / "a.png")) == 8
@@ -270,7 +271,7 @@ def test_every_failed_parameter_carries_a_cross(documents, unwritten, tmp_path):
 
 def test_cosines_are_drawn_as_their_distance_from_one(documents, unwritten, tmp_path):
     content = documents["fp16"]
-    figure = plots.cosine_similarity(content, tmp_path / "cosines.png")
+    figure = comparison.cosine_similarity(content, tmp_path / "cosines.png")
     points = [c.get_offsets() for c in figure.axes[0].collections if isinstance(c, PathCollection)]
     drawn_distances = np.concatenate(points)[:, 1]
     cosines = [e["lora"]["cosine_similarity"] for e in content["parameters"].values() if e["lora"]]
@@ -280,8 +281,8 @@ def test_cosines_are_drawn_as_their_distance_from_one(documents, unwritten, tmp_
 
 def test_a_cosine_of_exactly_one_and_one_that_is_undefined_have_their_places(unwritten, tmp_path):
     names = ["h.0.a.weight", "h.1.a.weight"]
-    exact = plots.cosine_similarity(made_up(names, names), tmp_path / "a.png")
-    undefined = plots.cosine_similarity(made_up(names, names, cosine=None), tmp_path / "b.png")
+    exact = comparison.cosine_similarity(made_up(names, names), tmp_path / "a.png")
+    undefined = comparison.cosine_similarity(made_up(names, names, cosine=None), tmp_path / "b.png")
     for figure, label in ((exact, "exactly 1"), (undefined, "undefined")):
         ax = figure.axes[0]
         heights = {height for c in ax.collections for height in c.get_offsets()[:, 1]}
@@ -299,7 +300,7 @@ def steps_in(figure: Figure, panel: int) -> list[list[float]]:
 
 def test_the_ulp_histograms_are_the_document_s(documents, unwritten, tmp_path):
     contents = {name: documents[name] for name in ("fp32", "fp16", "bf16")}
-    figure = plots.rounding_errors(contents, tmp_path / "ulps.png")
+    figure = comparison.rounding_errors(contents, tmp_path / "ulps.png")
     assert len(figure.axes) == 3
     for panel, content in enumerate(contents.values()):
         certificate = content["summary"]["certificate"]
@@ -313,7 +314,7 @@ def test_the_ulp_histograms_are_the_document_s(documents, unwritten, tmp_path):
 
 
 def test_weights_beyond_their_bound_get_a_bar_of_their_own(documents, unwritten, tmp_path):
-    figure = plots.rounding_errors({"fp32": documents["negated"]}, tmp_path / "ulps.png")
+    figure = comparison.rounding_errors({"fp32": documents["negated"]}, tmp_path / "ulps.png")
     violations = documents["negated"]["summary"]["certificate"]["violations"]
     assert violations > 1000
     assert steps_in(figure, 0)[-1] == [violations]
@@ -324,7 +325,7 @@ def test_precision_impact_splits_the_parameters_into_real_artifact_and_unchanged
     documents, unwritten, tmp_path
 ):
     contents = {name: documents[name] for name in ("fp32", "fp16")}
-    figure = plots.precision_impact(contents, tmp_path / "impact.png")
+    figure = comparison.precision_impact(contents, tmp_path / "impact.png")
     total = documents["fp32"]["summary"]["total_parameters"]
     widths = [round(patch.get_width()) for patch in figure.axes[0].patches]
     assert widths == [8, total - 8, 8, total - 8]
@@ -337,9 +338,9 @@ def test_precision_impact_splits_the_parameters_into_real_artifact_and_unchanged
 
 
 def test_precision_impact_never_shows_a_lossy_merge_as_whole(documents, unwritten, tmp_path):
-    figure = plots.precision_impact({"fp32": documents["fp32"]}, tmp_path / "impact.png")
+    figure = comparison.precision_impact({"fp32": documents["fp32"]}, tmp_path / "impact.png")
     error = documents["fp32"]["summary"]["relative_error"]
     assert 0 < error < 1e-4
     assert any(text.startswith("99.999") and text.endswith("%") for text in texts_of(figure))
     assert "100 %" not in texts_of(figure)
-    assert plottitles.kept(1e-12) != plottitles.kept(0.0) == "100 %"
+    assert titles.kept(1e-12) != titles.kept(0.0) == "100 %"

@@ -11,10 +11,20 @@ import numpy as np
 from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
 
-from taskvec import plottitles as titles
-from taskvec.plotgrid import STILL, GridPage
-from taskvec.plotstyle import INK, MUTED, PURPLE, RED, SMALL, UNCHANGED, counted, scientific, style
-from taskvec.plottitles import Document
+from taskvec.figures import titles as titles
+from taskvec.figures.grid import STILL, GridPage
+from taskvec.figures.style import (
+    INK,
+    MUTED,
+    PURPLE,
+    RED,
+    SMALL,
+    UNCHANGED,
+    counted,
+    scientific,
+    style,
+)
+from taskvec.figures.titles import Document
 from taskvec.wording import percent, size
 
 # The two ramps share one scale: light is a small change and dark a large one.

@@ -15,9 +15,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
-from taskvec import plottitles as titles
 from taskvec.architecture import is_index
-from taskvec.plotstyle import (
+from taskvec.figures import titles as titles
+from taskvec.figures.style import (
     CROSS,
     MARGIN,
     MUTED,

@@ -13,8 +13,8 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize, to_rgb
 from matplotlib.figure import Figure
 
-from taskvec.plotgrid import GridPage, row_key
-from taskvec.plotstyle import (
+from taskvec.figures.grid import GridPage, row_key
+from taskvec.figures.style import (
     FAINT,
     HATCH,
     INK,

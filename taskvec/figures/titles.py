@@ -13,7 +13,7 @@ from typing import Any
 
 from taskvec.architecture import is_index
 from taskvec.compare import PERFECT_COSINE
-from taskvec.plotstyle import Finding, scientific
+from taskvec.figures.style import Finding, scientific
 from taskvec.wording import percent
 
 Document = dict[str, Any]

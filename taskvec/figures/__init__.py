@@ -1,0 +1,1 @@
+"""The figures: each a function from a written result, never from tensors."""
