@@ -120,8 +120,9 @@ class ParameterResult:
 
     Attributes:
         kind: "lora" (explained by the adapter), "unchanged" (zero), "cast" (the base's own
-            rounding, bit for bit) or "unexplained".
-        cast_format: the format whose rounding a "cast" is.
+            rounding to the format it is stored in, bit for bit) or "unexplained".
+        cast_format: the format whose rounding all of T is; of an "unexplained" one, a format that
+            the model is not stored in.
         comparison: for parameters that the adapter changes.
     """
 
@@ -213,7 +214,11 @@ def compare_parameter(
 def attribute_parameter(
     base: Checkpoint, vector: TaskVector, name: str, device: torch.device
 ) -> ParameterResult:
-    """Say why a parameter that the adapter does not touch has the task vector that it has."""
+    """Say why a parameter that the adapter does not touch has the task vector that it has.
+
+    Storing the base in a smaller format explains it. Having passed through one does not: a model
+    stored in fp32 has no reason to hold weights that were rounded to fp16.
+    """
     info, magnitude = base.tensors[name], Magnitude()
     if vector.is_zero(name):
         return ParameterResult(name, info.shape, UNCHANGED, magnitude)
@@ -225,7 +230,9 @@ def attribute_parameter(
     if not magnitude.nonzero:
         return ParameterResult(name, info.shape, UNCHANGED, magnitude)
     if casts and not magnitude.non_finite:
-        return ParameterResult(name, info.shape, CAST, magnitude, casts[0].name)
+        stored = [format for format in casts if format in vector.formats(name)]
+        kind = CAST if stored else UNEXPLAINED
+        return ParameterResult(name, info.shape, kind, magnitude, (stored or casts)[0].name)
     return ParameterResult(name, info.shape, UNEXPLAINED, magnitude)
 
 

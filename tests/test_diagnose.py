@@ -452,6 +452,23 @@ def test_a_base_rounded_before_an_fp32_merge(lab, family, lower, extracted):
 
 @pytest.mark.parametrize("extracted", [False, True])
 @pytest.mark.parametrize("lower", ["fp16", "bf16"])
+def test_only_what_the_adapter_leaves_alone_was_rounded(lab, lower, extracted):
+    """Every adapted parameter is exact; all the same this is not base + adapter in fp32."""
+    here = lab()
+    tensors = here.merged()
+    others = set(here.weights) - set(here.names)
+    for name in others:
+        tensors[name] = here.weights[name].to(DTYPES[lower]).float()
+    cause = here.cause(here.write(tensors), extracted=extracted)
+    assert cause["cause"] == "lower_precision_base"
+    assert f"leaves alone was rounded to {lower} and stored as fp32" in cause["sentence"]
+    assert cause["evidence"]["parameters"] == []
+    changed = {name for name in others if not torch.equal(tensors[name], here.weights[name])}
+    assert changed and set(cause["evidence"]["cast_parameters"]) == changed
+
+
+@pytest.mark.parametrize("extracted", [False, True])
+@pytest.mark.parametrize("lower", ["fp16", "bf16"])
 def test_a_merge_by_peft_in_half_precision_stored_as_fp32(lab, lower, extracted):
     here = lab()
     path = here.path()

@@ -8,7 +8,6 @@ from typing import Any
 
 from taskvec.adapter import Adapter
 from taskvec.architecture import fold_names
-from taskvec.compare import CAST
 from taskvec.diagnosis.factors import FactorTest
 from taskvec.diagnosis.findings import Findings
 from taskvec.diagnosis.merges import REMERGED, UNMERGED_AGAIN, readings
@@ -140,32 +139,37 @@ def _lower_precision_base(findings: Findings) -> list[Cause]:
     for name, test in findings.factors.items():
         if test.base_format is not None:
             groups.setdefault((test.base_format, False), []).append(name)
+    told = {format for chain in findings.unmerged.values() for format in chain}
     for name, chain in findings.rounded.items():
-        computed = (chain[0], True) in groups
-        groups.setdefault((chain[0], computed), []).append(name)
+        key = (chain[0], (chain[0], True) in groups)
+        if key in groups or chain[0] not in told:
+            groups.setdefault(key, []).append(name)
     return [_rounded_first(findings, *key, names) for key, names in groups.items()]
 
 
 def _rounded_first(findings: Findings, format: Format, computed: bool, names: list[str]) -> Cause:
-    casts = [
+    merged = [name for name in names if name in set(findings.adapted)]
+    others = [
         result.name
         for result in findings.results
-        if result.kind == CAST and result.cast_format == format.name
+        if result.comparison is None and (result.name in names or result.cast_format == format.name)
     ]
     stored = findings.format.name
-    how = (
-        f"the merge was computed in {format.name} and then stored as {stored}"
-        if computed
-        else f"the base was rounded to {format.name} before the adapter was added in {stored}"
-    )
-    seen = whole(names, findings) + (f" and {counted(casts, 'other')}" if casts else "")
-    sentence = f"Merged from a lower-precision base: {how} (seen in {seen})."
+    if not merged:
+        how = f"what the adapter leaves alone was rounded to {format.name} and stored as {stored}"
+    elif computed:
+        how = f"the merge was computed in {format.name} and then stored as {stored}"
+    else:
+        how = f"the base was rounded to {format.name} before the adapter was added in {stored}"
+    seen = [whole(merged, findings)] if merged else []
+    seen += [counted(others, "other" if merged else "parameter")] if others else []
+    sentence = f"Merged from a lower-precision base: {how} (seen in {' and '.join(seen)})."
     evidence = {
         "format": format.name,
         "stored_as": stored,
         "computed_in": format.name if computed else stored,
-        "parameters": names,
-        "cast_parameters": casts,
+        "parameters": merged,
+        "cast_parameters": others,
     }
     return Cause("lower_precision_base", sentence, evidence, len(names))
 
