@@ -196,22 +196,25 @@ def _compare_all(
 
     from taskvec.compare import attribute_parameter, compare_parameter
     from taskvec.tensorfile import TensorFileWriter
+    from taskvec.workers import for_each
 
+    def examine(name: str) -> ParameterResult:
+        if name in adapter.scalings:
+            update = adapter.update(name, device)
+            result = compare_parameter(base, vector, name, update, device)
+            _write_delta(update, writer)
+        else:
+            result = attribute_parameter(base, vector, name, device)
+        bar.update(base.tensors[name].nbytes)
+        return result
+
+    names = [name for name, info in base.tensors.items() if info.is_float]
     specs = [(name, torch.float32, base.tensors[name].shape) for name in adapter.parameters]
-    results = []
     with (
         TensorFileWriter(directory / DELTAS, specs) as writer,
-        cli.progress(base.nbytes, "Comparing") as bar,
+        cli.progress(sum(base.tensors[name].nbytes for name in names), "Comparing") as bar,
     ):
-        for name, info in base.tensors.items():
-            if name in adapter.scalings:
-                update = adapter.update(name, device)
-                results.append(compare_parameter(base, vector, name, update, device))
-                _write_delta(update, writer)
-            elif info.is_float:
-                results.append(attribute_parameter(base, vector, name, device))
-            bar.update(info.nbytes)
-    return results
+        return for_each(examine, names)
 
 
 def _write_delta(update: Update, writer: TensorFileWriter) -> None:

@@ -102,6 +102,7 @@ def extract(
         precision_of,
     )
     from taskvec.tensorfile import TensorFileWriter
+    from taskvec.workers import for_each
 
     target, names_written = Path(output_dir), [TASK_VECTOR_FILE, SUMMARY]
     with (
@@ -118,10 +119,11 @@ def extract(
         metadata = {BASE_PRECISION: base_precision, MERGED_PRECISION: precision_of(merged)}
         specs = [(name, torch.float32, info.shape) for name, info in tensors.items()]
         with TensorFileWriter(partial / TASK_VECTOR_FILE, specs, metadata) as writer:
-            found = {
-                name: _extract_tensor(vector, base, info, writer, torch_device, bar)
-                for name, info in tensors.items()
-            }
+            magnitudes = for_each(
+                lambda info: _extract_tensor(vector, base, info, writer, torch_device, bar),
+                tensors.values(),
+            )
+        found = dict(zip(tensors, magnitudes, strict=True))
         summary = summarise(tensors, found, metadata)
         write_json(partial / SUMMARY, summary)
     if summary["non_finite_elements"]:

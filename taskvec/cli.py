@@ -15,6 +15,7 @@ import argparse
 import difflib
 import os
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -142,10 +143,20 @@ def detail(message: str = "") -> None:
 
 
 def progress(total: int, description: str, unit: str = "B") -> tqdm[Any]:
-    """A progress bar on stderr (bytes per second and time left); none where nobody watches."""
+    """A progress bar on stderr (bytes per second and time left); none where nobody watches.
+
+    Several threads may advance it.
+    """
     from tqdm import tqdm
 
-    return tqdm(
+    lock = threading.Lock()
+
+    class Bar(tqdm):  # type: ignore[type-arg]
+        def update(self, n: float | None = 1) -> bool | None:
+            with lock:
+                return super().update(n)
+
+    return Bar(
         total=total,
         desc=description,
         unit=unit,

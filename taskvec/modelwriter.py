@@ -5,6 +5,7 @@ Bytes that stay the same are copied inside the kernel; only what changes passes 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -21,6 +22,7 @@ from taskvec.cli import UserError
 from taskvec.output import write_json
 from taskvec.rounding import FP16, Format
 from taskvec.tensorfile import TensorFileWriter, TensorInfo, row_blocks
+from taskvec.workers import for_each
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -85,13 +87,26 @@ def write_model(
         UserError: a value that is finite in the base or in the sum overflows the format.
     """
     shards = _plan_shards(base, format, max_shard_size)
-    for shard in shards:
-        with TensorFileWriter(directory / shard.file_name, shard.tensors) as writer:
-            for name, _, _ in shard.tensors:
-                _write_tensor(base, base.tensors[name], writer, format, edit(name), bar)
+    with contextlib.ExitStack() as stack:
+        files = {
+            name: writer
+            for shard in shards
+            for writer in [stack.enter_context(_open(directory, shard))]
+            for name in writer.tensors
+        }
+        for_each(
+            lambda name: _write_tensor(
+                base, base.tensors[name], files[name], format, edit(name), bar
+            ),
+            files,
+        )
     _write_index(directory, shards)
     _copy_side_files(base, directory, format)
     return shards
+
+
+def _open(directory: Path, shard: Shard) -> TensorFileWriter:
+    return TensorFileWriter(directory / shard.file_name, shard.tensors)
 
 
 def _write_tensor(
