@@ -66,7 +66,7 @@ def test_the_chain_writes_the_same_bytes_with_any_number_of_threads(
     for count in (1, 4):
         threads(count)
         here = tmp_path / str(count)
-        merge(str(llama), str(llama_lora), here / "m", precision="bf16", max_shard_size="100KB")
+        merge(str(llama), str(llama_lora), here / "m", precision="bf16", max_shard_size="20KB")
         extract(str(llama), str(here / "m"), here / "tv")
         result = compare(
             str(llama),
