@@ -179,7 +179,9 @@ CONVERSIONS: dict[str, Conversion] = {
 def conversion_of(config: Mapping[str, Any]) -> Conversion:
     """The conversion of a model with this config.json."""
     model_type = config.get("model_type")
-    return CONVERSIONS.get(model_type, Conversion()) if isinstance(model_type, str) else Conversion()
+    return (
+        CONVERSIONS.get(model_type, Conversion()) if isinstance(model_type, str) else Conversion()
+    )
 
 
 # Modules that stay in fp32 in a model that is loaded in another dtype, by model_type; regular

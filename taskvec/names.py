@@ -1,8 +1,8 @@
-"""What one tensor is called in a base's file, in memory, in an adapter and in another model's file.
+"""What a tensor is called in a base's file, in memory, in an adapter and in another model's file.
 
 Two models are compared under the base's names (`aligned`), and an adapter's parameters are found in
-the base whatever it was trained with (`renaming`). What differs is a leading part (a base saved from
-its backbone lacks that of its head), names that transformers changes while it loads a model
+the base whatever it was trained with (`renaming`). What differs is a leading part (a base saved
+from its backbone lacks that of its head), names that transformers changes while it loads a model
 (taskvec/conversions.py), and tensors that one file stores twice or leaves out.
 """
 
@@ -136,8 +136,8 @@ def _counterpart(
         return _piece(other.tensors[fused], key, conversion.parts(key.name))
     if any(found.name == key.name for found in others):
         raise UserError(
-            f"{other.source}: holds {key.name} one by one, {base.source} fused; load one of them in "
-            "transformers and save it like the other (save_pretrained's save_original_format)"
+            f"{other.source}: holds {key.name} one by one, {base.source} fused; load one of them "
+            "in transformers and save it like the other (save_pretrained's save_original_format)"
         )
     twin = _copied(base, by_key(base, conversion)[key])
     original = others.get(conversion.key(twin)) if twin is not None else None
@@ -197,9 +197,7 @@ def _check_alike(
         )
 
 
-def _say_what_differs(
-    base: Checkpoint, other: Checkpoint, found: Mapping[str, TensorInfo]
-) -> None:
+def _say_what_differs(base: Checkpoint, other: Checkpoint, found: Mapping[str, TensorInfo]) -> None:
     """Notices about what one of the models stores alone.
 
     Raises:

@@ -89,8 +89,9 @@ def _records(path: Path) -> dict[int, int] | None:
                     return None
                 file.seek(record.header_offset)
                 header = file.read(_LOCAL_HEADER_BYTES)
-                lengths = int.from_bytes(header[26:28], "little"), int.from_bytes(
-                    header[28:30], "little"
+                lengths = (
+                    int.from_bytes(header[26:28], "little"),
+                    int.from_bytes(header[28:30], "little"),
                 )
                 start = record.header_offset + _LOCAL_HEADER_BYTES + sum(lengths)
                 sizes[start] = record.file_size

@@ -53,7 +53,11 @@ def skeleton(model_type):
     if model_type in VLM:
         auto = AutoModelForImageTextToText
     else:
-        auto = AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModel
+        auto = (
+            AutoModelForCausalLM
+            if type(config) in AutoModelForCausalLM._model_mapping
+            else AutoModel
+        )
     with torch.device("meta"):
         return auto.from_config(config)
 
