@@ -215,8 +215,8 @@ def _refuse_gguf(path: Path) -> None:
     with contextlib.suppress(OSError), path.open("rb") as file:
         if file.read(4) == b"GGUF":
             raise UserError(
-                f"{path}: is a GGUF file, which holds quantised weights under names of its own; use "
-                "the unquantised base that it was made from, as safetensors"
+                f"{path}: is a GGUF file, which holds quantised weights under names of its own; "
+                "use the unquantised base that it was made from, as safetensors"
             )
 
 

@@ -5,9 +5,9 @@ Some architectures have other names in memory than in their files: ViT's ``encod
 adapter may have either kind of names, by the version of transformers that it was trained with, and
 so may a checkpoint. A `Key` is what all of these are compared by.
 
-Source of the tables: transformers 5.23, conversion_mapping.py and the models' _keep_in_fp32_modules;
-tests/test_conversions.py holds them to what transformers itself does. An architecture that is in
-none of them keeps its names, and has every tensor in the dtype that is asked for.
+Source of the tables: transformers 5.23, conversion_mapping.py, and _keep_in_fp32_modules of the
+models; tests/test_conversions.py holds them to what transformers itself does. An architecture that
+is in none of them keeps its names, and has every tensor in the dtype that is asked for.
 """
 
 from __future__ import annotations

@@ -312,8 +312,8 @@ def _draw_norms(
 ) -> None:
     """One module; what is outside of the layers is drawn at 0 under its own axis label.
 
-    Where a layer has several of that name (experts; an encoder's and a decoder's), no line says that
-    one follows the other.
+    Where a layer has several of that name (experts; an encoder's and a decoder's), no line says
+    that one follows the other.
     """
     members = sorted(members, key=lambda entry: -1 if entry["layer"] is None else entry["layer"])
     outside = members[0]["layer"] is None
