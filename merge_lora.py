@@ -134,15 +134,12 @@ def is_merged_model(directory: Path) -> bool:
 def _merged_rows(
     adapter: Adapter, name: str, recipe: Recipe, format: Format, device: torch.device
 ) -> RowFunction | None:
-    from taskvec.rounding import merge_rows, recipe_delta
-
     if name not in adapter.scalings:
         return None
     update = adapter.update(name, device)
 
     def rows(base: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        delta = recipe_delta(recipe, update, start, stop, format)
-        return merge_rows(recipe, base.to(device), delta, format).cpu()
+        return update.merged(recipe, base.to(device), start, stop, format).cpu()
 
     return rows
 

@@ -20,6 +20,7 @@ from taskvec.lora_config import CONFIG_FILE, LoraConfig, read_config
 from taskvec.names import renaming
 from taskvec.tensorfile import TensorFile, TensorInfo
 from taskvec.update import Update
+from taskvec.updates.products import LowRank
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 
@@ -74,7 +75,7 @@ class Adapter:
         """
         pair = self._pairs[parameter]
         A, B = (self._factor(info, device) for info in (pair.A, pair.B))
-        return Update(parameter, A, B, pair.scaling, self._transposed[parameter])
+        return LowRank(parameter, A, B, pair.scaling, self._transposed[parameter])
 
     def _factor(self, info: TensorInfo, device: torch.device) -> torch.Tensor:
         factor = self._file.read(info).to(device, torch.float32)
