@@ -149,9 +149,9 @@ def _add_task_vector(model: Any, file: TensorFile) -> None:
         if place in added:  # a second copy of a tied tensor
             continue
         added.add(place)
+        rows = target.view(info.rows, *info.row_shape)
         for start, stop in row_blocks(info, _BLOCK_ELEMENTS):
-            rows = file.read(info, start, stop).to(target.device)
-            target[start:stop] += rows
+            rows[start:stop] += file.read(info, start, stop).to(target.device)
 
 
 def _target(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import NamedTuple
 
 from taskvec.checkpoint import Checkpoint
 from taskvec.cli import UserError, notice
@@ -55,6 +56,49 @@ def naming_rules(modules: Iterable[str], base: Checkpoint) -> list[Rule]:
     strips = heads if len(heads) == 1 else set()
     adds = sorted({name.split(".", 1)[0] + "." for name in base.tensors})
     return [("", ""), *((head, "") for head in strips), *(("", head) for head in adds)]
+
+
+class Piece(NamedTuple):
+    """A tensor of a base that is one part of one expert of a tensor that is fused in memory.
+
+    Attributes:
+        name: in the base's file.
+        expert: its number.
+        part, parts: which of how many equal parts of the expert's rows it is.
+    """
+
+    name: str
+    expert: int
+    part: int
+    parts: int
+
+
+def pieces(base: Checkpoint, fused: str) -> list[Piece]:
+    """Where a base keeps the experts that are fused in memory; empty if it keeps them fused.
+
+    Args:
+        fused: what transformers calls the fused tensor, with the base's leading part.
+
+    Raises:
+        UserError: some of the pieces are missing.
+
+    Example:
+        pieces(mixtral, "model.layers.0.mlp.experts.down_proj")
+        -> [Piece("model.layers.0.block_sparse_moe.experts.0.w2.weight", 0, 0, 1), ...]
+    """
+    conversion = conversion_of(base.config())
+    parts = conversion.parts(fused)
+    found = [
+        Piece(name, key.expert, key.part, parts)
+        for key, name in by_key(base, conversion).items()
+        if key.name == fused and key.expert is not None
+    ]
+    found.sort(key=lambda piece: (piece.expert, piece.part))
+    wanted = [(n // parts, n % parts) for n in range(len(found))] if parts else []
+    complete = not parts or len(found) % parts == 0
+    if not complete or [(piece.expert, piece.part) for piece in found] != wanted:
+        raise UserError(f"{base.source}: some experts of {fused} are missing; the model is damaged")
+    return found
 
 
 def by_key(model: Checkpoint, conversion: Conversion | None = None) -> dict[Key, str]:
