@@ -19,6 +19,7 @@ import torch
 
 from taskvec.cli import UserError
 from taskvec.tensorfile import TensorFile, TensorInfo
+from taskvec.ties import set_copies_aside
 from taskvec.torchfile import TorchFile, is_torch_file
 
 SINGLE_FILE = "model.safetensors"
@@ -59,7 +60,7 @@ class Checkpoint:
         source: the model as the user named it.
         directory: where its config.json and tokenizer lie; None for a bare file.
         shards: the open files, in the order of their names.
-        tensors: where each tensor lies, in the order of the files.
+        tensors: where each tensor lies, in the order of the files; tied ones once (`taskvec.ties`).
         revision: the hub commit, where the model came from the hub.
     """
 
@@ -167,7 +168,9 @@ def open_checkpoint(source: str, revision: str | None = None) -> Iterator[Checkp
             _check_index(index, weight_map, tensors)
         if not tensors:
             raise UserError(f"{source}: holds no tensors")
-        yield Checkpoint(source, directory, shards, tensors, commit)
+        model = Checkpoint(source, directory, shards, tensors, commit)
+        set_copies_aside(model)
+        yield model
 
 
 def locate_adapter(source: str) -> Path:
