@@ -378,6 +378,40 @@ def test_older_names_of_layer_norms_are_the_same_model(tiny, copied, tmp_path):
     assert certify(old, adapter, tmp_path / "m", tmp_path) == ["exact", "exact"]
 
 
+# -- experts -----------------------------------------------------------------------
+
+
+def test_experts_may_lie_one_by_one_in_one_model_and_fused_in_the_other(tiny, tmp_path):
+    base = tiny.base("mixtral")
+    adapter = tiny.adapter(base)
+    merged = peft_merge(base, adapter, torch.float32)
+    merged.save_pretrained(tmp_path / "apart")
+    merged.save_pretrained(tmp_path / "fused", save_original_format=False)
+    assert "model.layers.0.mlp.experts.gate_up_proj" in names_of(tmp_path / "fused")
+    assert certify(base, adapter, tmp_path / "fused", tmp_path) == ["exact", "exact"]
+    found = [weights(tmp_path / "tv")]
+    assert certify(base, adapter, tmp_path / "apart", tmp_path) == ["exact", "exact"]
+    assert_same_bits(found[0], weights(tmp_path / "tv"))
+    load(base).save_pretrained(tmp_path / "base", save_original_format=False)
+    assert certify(tmp_path / "base", adapter, tmp_path / "fused", tmp_path) == ["exact", "exact"]
+    with pytest.raises(UserError, match=r"one by one, .*base fused; .*save_original_format"):
+        certify(tmp_path / "base", adapter, tmp_path / "apart", tmp_path)
+
+
+def test_one_element_of_one_expert_is_seen_in_a_fused_model(tiny, tmp_path):
+    base = tiny.base("mixtral")
+    adapter = tiny.adapter(base)
+    merged = peft_merge(base, adapter, torch.float32)
+    with torch.no_grad():
+        merged.model.layers[1].mlp.experts.gate_up_proj[2, 48 + 5, 7] += 0.25
+    merged.save_pretrained(tmp_path / "fused", save_original_format=False)
+    extract(str(base), str(tmp_path / "fused"), tmp_path / "tv", device="cpu")
+    changed = {name: t for name, t in weights(tmp_path / "tv").items() if t.any()}
+    expert = changed["model.layers.1.block_sparse_moe.experts.2.w3.weight"]
+    assert expert.nonzero().tolist() == [[5, 7]]
+    assert sum("experts" in name for name in changed) == 1
+
+
 # -- quantised bases ---------------------------------------------------------------
 
 QUANTISED = {
