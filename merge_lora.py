@@ -101,7 +101,7 @@ def merge(
     with (
         open_checkpoint(base_model, revision) as base,
         open_adapter(lora_path, base) as adapter,
-        output_directory(target, is_merged_model, [*base.paths, adapter.path]) as partial,
+        output_directory(target, is_merged_model, [*base.paths, *adapter.paths]) as partial,
         cli.progress(base.nbytes, f"Merging in {precision}") as bar,
     ):
         torch_device = cli.pick_device(device)

@@ -32,7 +32,7 @@ _WEIGHT_FILES = ((SINGLE_FILE, INDEX_FILE), (_TORCH_FILE, f"{_TORCH_FILE}.index.
 # What a hub download of a model consists of: configuration, tokenizer and weights.
 _MODEL_PATTERNS = ["*.json", "*.txt", "*.model", "*.jinja", "model*.safetensors"]
 _TORCH_PATTERNS = ["pytorch_model*.bin"]  # only where there is no safetensors file
-_ADAPTER_PATTERNS = ["adapter_config.json", "adapter_model.safetensors"]
+_ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"]
 # What quantisation methods store beside or instead of a weight.
 _QUANTISED = re.compile(
     r"\.(?:(?P<gptq>qweight|qzeros)|(?P<bnb8>SCB)|(?P<compressed>weight_packed)"
@@ -173,16 +173,32 @@ def open_checkpoint(source: str, revision: str | None = None) -> Iterator[Checkp
         yield model
 
 
-def locate_adapter(source: str) -> Path:
+def locate_adapter(source: str, adapter_name: str | None = None) -> Path:
     """The directory of an adapter that is named by directory or hub id.
 
+    Args:
+        adapter_name: the folder within, where PEFT saved an adapter under a name.
+
     Raises:
-        UserError: nothing there.
+        UserError: nothing there, or no such folder.
     """
-    path, _ = _locate(source, None, _ADAPTER_PATTERNS)
+    patterns = [f"{adapter_name}/{name}" if adapter_name else name for name in _ADAPTER_FILES]
+    path, _ = _locate(source, None, patterns)
     if path.is_file():
         raise UserError(f"{source}: is a file; give the adapter's directory")
-    return path
+    if adapter_name is None:
+        return path
+    if adapter_name != Path(adapter_name).name or not (path / adapter_name).is_dir():
+        raise UserError(
+            f"{source}: has no folder {adapter_name!r}; --adapter_name is one of "
+            f"{', '.join(named_adapters(path)) or 'none: no folder there holds an adapter'}"
+        )
+    return path / adapter_name
+
+
+def named_adapters(directory: Path) -> list[str]:
+    """The folders within a directory that hold an adapter."""
+    return sorted(path.parent.name for path in directory.glob(f"*/{_ADAPTER_FILES[0]}"))
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
