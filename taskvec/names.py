@@ -28,22 +28,38 @@ _BUFFER = re.compile(
 )
 
 
-def renaming(modules: list[str], base: Checkpoint) -> Callable[[str], str]:
+def renaming(
+    modules: Iterable[str], base: Checkpoint, parameters: Iterable[str] = ()
+) -> Callable[[str], str]:
     """From a parameter's name in an adapter to its name in the base; one rule fits every module.
 
-    A tied head that the base's file leaves out is the embedding, which is what PEFT adds to. A name
-    that no rule finds in the base comes back unchanged.
+    A tied head that the base's file leaves out is the embedding. A tensor that is fused in memory,
+    and lies in pieces in the base's file, is called what it is in memory (`pieces`). A name that no
+    rule finds in the base comes back unchanged.
+
+    Args:
+        modules: what the adapter adapts, by module.
+        parameters: and by parameter.
     """
     files = by_key(base)
+    fused = {key.name for key in files if key.expert is not None}
     conversion = conversion_of(base.config())
 
     def find(name: str, rule: Rule) -> str | None:
-        return files.get(_renamed(conversion.key(name), rule)) or tied_to(base, name)
+        key = _renamed(conversion.key(name), rule)
+        in_pieces = key.name if key.expert is None and key.name in fused else None
+        return files.get(key) or in_pieces or tied_to(base, name)
 
-    for rule in naming_rules(modules, base):
-        if all(find(f"{module}.weight", rule) for module in modules):
+    adapted = [*(f"{module}.weight" for module in modules), *parameters]
+    for rule in naming_rules(adapted, base):
+        if all(find(name, rule) for name in adapted):
             return lambda name: find(name, rule) or name
     return lambda name: name
+
+
+def is_expert(base: Checkpoint, name: str) -> bool:
+    """Whether a tensor of a base is one expert's, and fused with the others' in memory."""
+    return conversion_of(base.config()).key(name).expert is not None
 
 
 def naming_rules(modules: Iterable[str], base: Checkpoint) -> list[Rule]:

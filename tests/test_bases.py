@@ -17,8 +17,8 @@ from extract_task_vectors import extract
 from merge_lora import merge
 from taskvec.checkpoint import open_checkpoint
 from taskvec.cli import UserError
-from tests.checks import assert_same_bits, edit_json, names, weights
-from tests.models import load, peft_merge
+from tests.checks import assert_same_bits, edit_json, edit_tensors, names, weights
+from tests.models import auto_class, load, peft_merge
 
 FAST = {"generate_plots": False, "detailed_report": False, "device": "cpu"}
 INDEX = "pytorch_model.bin.index.json"
@@ -410,6 +410,90 @@ def test_one_element_of_one_expert_is_seen_in_a_fused_model(tiny, tmp_path):
     expert = changed["model.layers.1.block_sparse_moe.experts.2.w3.weight"]
     assert expert.nonzero().tolist() == [[5, 7]]
     assert sum("experts" in name for name in changed) == 1
+
+
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.gate.weight"]
+
+
+@pytest.fixture(scope="module")
+def of_experts(tiny):
+    """A Mixtral and an adapter of its fused experts and its router."""
+    base = tiny.base("mixtral")
+    return base, tiny.adapter(base, target_modules=["q_proj"], target_parameters=EXPERTS)
+
+
+def named_one_by_one(adapter: Path, target: Path, experts: int) -> Path:
+    """An adapter as transformers 4 named Mixtral's modules: each expert has its own."""
+    shutil.copytree(adapter, target)
+    edit_json(
+        target / "adapter_config.json",
+        target_parameters=None,
+        target_modules=["q_proj", "w1", "w2", "w3", "gate"],
+    )
+    tensors = weights(adapter)
+    torch.manual_seed(3)
+    for name in list(tensors):
+        module, _, factor = name.partition(".lora_")
+        if ".mlp." not in module:
+            continue
+        tensor = tensors.pop(name)
+        block = module.partition(".mlp.")[0] + ".block_sparse_moe."
+        if module.endswith(".gate"):
+            tensors[f"{block}gate.lora_{factor}"] = tensor
+            continue
+        for expert in range(experts):
+            for part in ("w1", "w3") if "base_layer" in module else ("w2",):
+                into, out = (48, 32) if part == "w2" else (32, 48)
+                shape = (4, into) if factor.startswith("A") else (out, 4)
+                key = f"{block}experts.{expert}.{part}.lora_{factor}"
+                tensors[key] = torch.randn(shape) * 0.05
+    save_file(tensors, target / "adapter_model.safetensors")
+    return target
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["fused names", "names one by one"])
+def test_experts_merge_as_in_peft(of_experts, tmp_path, old):
+    base, adapter = of_experts
+    if old:
+        adapter = named_one_by_one(adapter, tmp_path / "adapter", experts=4)
+    for precision in ("fp32", "fp16", "bf16"):
+        dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+        merge(
+            str(base),
+            str(adapter),
+            tmp_path / "m",
+            precision=precision,
+            rounding="peft",
+            device="cpu",
+        )
+        peft_merge(base, adapter, dtype).save_pretrained(tmp_path / "theirs")
+        assert_same_bits(weights(tmp_path / "m"), weights(tmp_path / "theirs"))
+        assert certify(base, adapter, tmp_path / "theirs", tmp_path) == ["exact", "exact"]
+    _, info = auto_class("mixtral").from_pretrained(tmp_path / "m", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+
+
+def test_experts_of_a_base_that_stores_them_fused_merge_the_same(of_experts, tmp_path):
+    base, adapter = of_experts
+    load(base).save_pretrained(tmp_path / "base", save_original_format=False)
+    merge(str(tmp_path / "base"), str(adapter), tmp_path / "m", device="cpu")
+    theirs = peft_merge(base, adapter, torch.float32)
+    theirs.save_pretrained(tmp_path / "theirs", save_original_format=False)
+    assert_same_bits(weights(tmp_path / "m"), weights(tmp_path / "theirs"))
+    assert certify(tmp_path / "base", adapter, tmp_path / "theirs", tmp_path) == ["exact"] * 2
+    assert certify(base, adapter, tmp_path / "theirs", tmp_path) == ["exact"] * 2
+    old = named_one_by_one(adapter, tmp_path / "adapter", experts=4)
+    with pytest.raises(UserError, match=r"adapts model\.layers\.0\..* experts fused where"):
+        merge(str(tmp_path / "base"), str(old), tmp_path / "m", device="cpu")
+
+
+def test_a_base_without_one_of_its_experts_is_refused(of_experts, copied, tmp_path):
+    base = copied(of_experts[0])
+    name = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
+    edit_tensors(base / "model.safetensors", lambda tensors: tensors.pop(name))
+    message = r"some experts of model\.layers\.1\.mlp\.experts\.gate_up_proj are missing"
+    with pytest.raises(UserError, match=message):
+        merge(str(base), str(of_experts[1]), tmp_path / "m", device="cpu")
 
 
 # -- quantised bases ---------------------------------------------------------------
