@@ -15,6 +15,7 @@ import final_validation
 from compare_lora_task_vector import compare
 from extract_task_vectors import extract
 from merge_lora import merge
+from taskvec import behaviour
 from taskvec.checkpoint import open_checkpoint
 from taskvec.cli import UserError
 from tests.checks import assert_same_bits, edit_json, edit_tensors, names, weights
@@ -545,6 +546,29 @@ def test_a_gguf_file_is_recognised(tmp_path, given):
     with pytest.raises(UserError, match=r"q4_k_m\.gguf: is a GGUF file.* use the unquantised base"):
         with open_checkpoint(str(file if given == "file" else tmp_path)):
             pass
+
+
+# -- behaviour ------------------------------------------------------------------------
+
+
+def test_a_task_vector_is_added_to_fused_experts_and_to_tied_weights_once(
+    of_experts, tiny, tmp_path
+):
+    tokens = [[5, 17, 42, 3], [60, 61]]
+    tied = tiny.base("gpt2")
+    twice = as_bin(tied, tmp_path / "twice", load(tied).state_dict())
+    head = tiny.adapter(tied, target_modules=["wte"], fan_in_fan_out=False)
+    for base, adapter in (of_experts, (twice, head)):
+        merge(str(base), str(adapter), tmp_path / "m", device="cpu")
+        extract(str(base), str(tmp_path / "m"), tmp_path / "tv", device="cpu")
+        file = tmp_path / "tv" / "task_vector.safetensors"
+        reference, *others = (
+            behaviour.adapter_logits(str(base), str(adapter), tokens, torch.device("cpu")),
+            behaviour.model_logits(str(tmp_path / "m"), tokens, torch.device("cpu")),
+            behaviour.task_vector_logits(str(base), file, tokens, torch.device("cpu")),
+        )
+        for logits in others:
+            assert behaviour.agreement(reference, logits).max_kl < behaviour.FP32_KL_LIMIT
 
 
 # -- everything at once --------------------------------------------------------------
