@@ -71,9 +71,22 @@ class _Binding:
         ]
         named = [name for group in groups for name in config.parameters_of(group.module)]
         self._rename = renaming(own, base, named)
+        self._refuse_if_strange([*own, *named])
         self._untie(groups, whole)
         self._squares: list[tuple[str, LowRankPart]] = []
         self._shown: dict[str, bool] = {}
+
+    def _refuse_if_strange(self, adapted: Sequence[str]) -> None:
+        """An adapter of which nothing is found has names of its own, or is of another model."""
+        found = any(
+            self._shape(name) is not None for each in adapted for name in (each, f"{each}.weight")
+        )
+        if adapted and not found:
+            raise UserError(
+                f"{self.file.path}: adapts {adapted[0]}, which {self.base.source} has not got, nor "
+                "any other that it adapts; give the base that it was trained on, and if it is that "
+                "one, load it in transformers and save it with save_original_format=False"
+            )
 
     # -- one wrapper of one module ---------------------------------------------------
 

@@ -83,8 +83,10 @@ def test_deltas_are_pefts(tiny, kind):
         assert len(deltas) == len(theirs)
         for delta, update in zip(deltas, updates, strict=True):
             alike = [
-                their for place, their in theirs.items()
-                if their.shape == update.shape and by_place[place]
+                their
+                for place, their in theirs.items()
+                if their.shape == update.shape
+                and by_place[place]
                 and torch.equal(their.reshape(delta.shape), delta)
             ]
             assert len(alike) == 1
