@@ -203,9 +203,16 @@ class LowRank(Product):
         return float(self.A.abs().max())
 
     def delta(self, start: int, stop: int, *, prescaled: bool = False) -> torch.Tensor:
+        return self._delta(start, stop, torch.float32, prescaled)
+
+    def delta_in(self, dtype: torch.dtype, start: int, stop: int) -> torch.Tensor:
+        """Rows of the delta as a matmul in ``dtype`` gives it, in fp32."""
+        return self._delta(start, stop, dtype, False).float()
+
+    def _delta(self, start: int, stop: int, dtype: torch.dtype, prescaled: bool) -> torch.Tensor:
         def compute(start: int, stop: int) -> torch.Tensor:
             low, high = _widened(start, stop, *self.matrix)
-            B, A = self._rows(low, high)
+            B, A = (factor.to(dtype) for factor in self._rows(low, high))
             product = self._turned((B * self.scaling) @ A if prescaled else B @ A)
             rows = product[start - low : stop - low]
             return rows if prescaled else rows * self.scaling
@@ -291,6 +298,17 @@ class Experts(Product):
 
     def magnitude(self, start: int, stop: int) -> torch.Tensor:
         return self._gather(LowRank.magnitude, start, stop)
+
+    def merged(
+        self, recipe: Recipe, base: torch.Tensor, start: int, stop: int, format: Format
+    ) -> torch.Tensor:
+        if not (recipe.round_base and recipe.round_factors and recipe.round_delta):
+            return super().merged(recipe, base, start, stop, format)
+        # PEFT raises the factors of modules to fp32 for their product on a CPU, but not these.
+        delta = self._gather(
+            lambda expert, start, stop: expert.delta_in(format.dtype, start, stop), start, stop
+        )
+        return merge_rows(recipe, base, delta, format)
 
     def rounded_factors(self, dtype: torch.dtype) -> Self:
         experts = tuple(expert.rounded_factors(dtype) for expert in self.experts)
