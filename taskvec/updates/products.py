@@ -89,9 +89,7 @@ class Product(Update):
             return replace(recipe, round_delta=True)
         return recipe
 
-    def recipe_key(
-        self, recipe: Recipe, format: Format, stored: torch.dtype
-    ) -> tuple[bool, bool, bool, bool]:
+    def recipe_key(self, recipe: Recipe, format: Format, stored: torch.dtype) -> tuple[bool, ...]:
         narrow, recipe = format is not FP32, self.followed(recipe)
         return (
             recipe.round_base and loses(stored, format),
@@ -299,12 +297,16 @@ class Experts(Product):
     def magnitude(self, start: int, stop: int) -> torch.Tensor:
         return self._gather(LowRank.magnitude, start, stop)
 
+    def recipe_key(self, recipe: Recipe, format: Format, stored: torch.dtype) -> tuple[bool, ...]:
+        key = super().recipe_key(recipe, format, stored)
+        return *key, recipe.in_format and format is not FP32
+
     def merged(
         self, recipe: Recipe, base: torch.Tensor, start: int, stop: int, format: Format
     ) -> torch.Tensor:
-        if not (recipe.round_base and recipe.round_factors and recipe.round_delta):
+        if not recipe.in_format:
             return super().merged(recipe, base, start, stop, format)
-        # PEFT raises the factors of modules to fp32 for their product on a CPU, but not these.
+        # PEFT raises the factors of modules to fp32 for their product on a CPU; not these.
         delta = self._gather(
             lambda expert, start, stop: expert.delta_in(format.dtype, start, stop), start, stop
         )
