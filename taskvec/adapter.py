@@ -83,9 +83,7 @@ class Adapter:
 
 
 @contextlib.contextmanager
-def open_adapter(
-    source: Sources, base: Checkpoint, adapter_name: str | None = None
-) -> Iterator[Adapter]:
+def open_adapter(source: Sources, base: Checkpoint) -> Iterator[Adapter]:
     """Open one or several adapters and match them with the base they will be merged into.
 
     An adapter that separates the output head from the embedding that it is tied to makes the head
@@ -94,7 +92,6 @@ def open_adapter(
     Args:
         source: directory or hub id of a PEFT LoRA adapter, or several, to be merged in turn.
         base: the base model.
-        adapter_name: the folder within, where PEFT saved an adapter under a name.
 
     Raises:
         UserError: an adapter that is not understood, a factor without its partner, a module that
@@ -108,7 +105,7 @@ def open_adapter(
     """
     base.refuse_quantised()  # first: its packed weights would look like wrong shapes
     sources = [source] if isinstance(source, str) else list(source)
-    paths = [locate_adapter(each, adapter_name) for each in sources]
+    paths = [locate_adapter(each) for each in sources]
     configs = [read_config(path) for path in paths]
     parts: dict[str, list[Part]] = {}
     with contextlib.ExitStack() as stack:

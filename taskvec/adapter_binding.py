@@ -292,18 +292,19 @@ class _Binding:
         Trainable tokens of the embedding count for both, as in PEFT. So does what
         ensure_weight_tying keeps alike, which PEFT writes twice.
         """
-        embedding = tied_to(self.base, _HEAD)
-        if embedding is None:
-            return
         changed = {f"{group.module}.weight": group for group in groups}
         modules = [*changed, *whole]
-        ours = next((name for name in modules if self._rename(name) == embedding), None)
+        heads = [name for name in modules if tied_to(self.base, name)]
+        embedding = tied_to(self.base, heads[0] if heads else _HEAD)
+        if embedding is None:
+            return
+        ours = next((n for n in modules if n not in heads and self._rename(n) == embedding), None)
         if self.config.values.get("ensure_weight_tying") and ours is not None:
             self._drop_twin(changed, whole, ours)
             return
         both = ours in changed and TOKENS in changed[ours].tensors if ours else False
-        if _HEAD in modules or (ours is not None and not both):
-            untie(self.base, _HEAD)
+        for head in heads or ([_HEAD] if ours is not None and not both else []):
+            untie(self.base, head)
 
     def _drop_twin(
         self, changed: dict[str, Group], whole: dict[str, TensorInfo], embedding: str

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file
 
 import merge_lora
 from compare_lora_task_vector import compare
+from extract_task_vectors import extract
 from taskvec.adapter import open_adapter
 from taskvec.checkpoint import open_checkpoint
 from tests.adapter_kinds import KINDS, make_kind
-from tests.checks import assert_same_bits, weights
+from tests.checks import assert_same_bits, edit_tensors, weights
 from tests.models import load, peft_merge
 
 CPU = torch.device("cpu")
@@ -71,22 +70,87 @@ def test_the_certificate_names_the_recipe(tiny, tmp_path, kind, precision, round
 def test_deltas_are_pefts(tiny, kind):
     base, adapter = make_kind(tiny, kind)
     model = PeftModel.from_pretrained(load(base), adapter)
-    theirs = {}
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            weight = getattr(module.get_base_layer(), getattr(module, "parameter_name", "weight"))
-            theirs[weight.data_ptr()] = module.get_delta_weight("default").detach()
-    by_place = {p.data_ptr(): name for name, p in model.named_parameters()}
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    theirs = [layer.get_delta_weight("default").detach() for layer in layers]
     with open_checkpoint(str(base)) as opened, open_adapter(str(adapter), opened) as mine:
-        updates = [mine.update(name, CPU) for name in mine.parameters]
-        deltas = [update.delta(0, opened.tensors[update.parameter].rows) for update in updates]
-        assert len(deltas) == len(theirs)
-        for delta, update in zip(deltas, updates, strict=True):
-            alike = [
-                their
-                for place, their in theirs.items()
-                if their.shape == update.shape
-                and by_place[place]
-                and torch.equal(their.reshape(delta.shape), delta)
-            ]
-            assert len(alike) == 1
+        assert len(mine.parameters) == len(theirs)
+        for name in mine.parameters:
+            update, info = mine.update(name, CPU), opened.tensors[name]
+            delta = update.delta(0, info.rows).reshape(info.shape)
+            assert any(torch.equal(delta, their) for their in theirs if their.shape == delta.shape)
+            for start, stop in [(0, 3), (5, info.rows - 1)]:  # in blocks as in whole
+                rows = delta.reshape(info.rows, *info.row_shape)[start:stop]
+                assert torch.equal(update.delta(start, stop), rows)
+
+
+OPTIONS = {
+    "safe_merge": {"safe_merge": True},
+    "low_cpu_mem_usage": {"low_cpu_mem_usage": True},
+    "no autocast": {"autocast_adapter_dtype": False},
+}
+# In half precision, PEFT's norm over an embedding sums in the half precision's own order.
+NOT_BY_BITS = [("DoRA of an embedding", "no autocast")]
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize(
+    "kind", ["embedding", "DoRA", "DoRA of an embedding", "experts", "convolution", "tokens"]
+)
+def test_other_ways_of_merging_in_peft_are_recognised(tiny, tmp_path, kind, option):
+    base, adapter = make_kind(tiny, kind)
+    for dtype in (torch.float16, torch.bfloat16):
+        peft_weights(base, adapter, dtype, tmp_path / "p", **OPTIONS[option])
+        certificate = judged(base, adapter, tmp_path / "p", tmp_path / "c")
+        expected = "rounding" if (kind, option) in NOT_BY_BITS else "exact"
+        assert certificate["verdict"] == expected
+
+
+def judged(base, adapter, merged, directory):
+    """The certificate of a merged model."""
+    sources = adapter if isinstance(adapter, list) else str(adapter)
+    return compare(
+        str(base),
+        sources,
+        directory,
+        finetuned_model=str(merged),
+        device="cpu",
+        generate_plots=False,
+    ).summary["certificate"]
+
+
+@pytest.mark.parametrize(
+    "kind", ["embedding", "DoRA", "DoRA of Conv1D", "lora_bias", "tokens", "experts", "convolution"]
+)
+def test_damage_to_one_element_is_caught_in_every_kind(tiny, tmp_path, kind):
+    base, adapter = make_kind(tiny, kind)
+    result = merge(base, adapter, tmp_path / "m", precision="bf16")
+    for name in result.changed_parameters[:2]:
+
+        def damage(tensors, name=name):
+            value = tensors[name].view(torch.int16).reshape(-1)
+            value[value.numel() // 2] += 3  # three ulps
+
+        edit_tensors(tmp_path / "m" / "model.safetensors", damage)
+    certificate = judged(base, adapter, tmp_path / "m", tmp_path / "c")
+    assert certificate["verdict"] == "violated"
+    wrong = {*certificate["violated_parameters"], *certificate["isolated_deviations"]}
+    assert wrong == set(result.changed_parameters[:2])
+
+
+@pytest.mark.parametrize("kind", ["DoRA", "embedding", "bias all", "experts", "modules_to_save"])
+def test_a_task_vector_alone_is_certified_too(tiny, tmp_path, kind):
+    base, adapter = make_kind(tiny, kind)
+    for precision, rounded in (("fp32", None), ("fp16", None), ("bf16", "bf16")):
+        merge(base, adapter, tmp_path / "m", precision=precision)
+        extract(str(base), str(tmp_path / "m"), tmp_path / "t", base_precision=rounded or "stored")
+        found = compare(
+            str(base),
+            str(adapter),
+            tmp_path / "c",
+            task_vector_path=tmp_path / "t",
+            device="cpu",
+            generate_plots=False,
+        )
+        assert found.holds
+        assert found.summary["certificate"]["verdict"] == "exact"
+        assert found.summary["certificate"]["unexplained_parameters"] == []
