@@ -164,7 +164,6 @@ def _add_task_vector(model: Any, file: TensorFile) -> None:
         added.add(place)
         rows = target.view(info.rows, *info.row_shape)
         for start, stop in row_blocks(info, _BLOCK_ELEMENTS):
-<<<<<<< HEAD
             rows[start:stop] += file.read(info, start, stop).to(target.device)
 
 
@@ -179,10 +178,6 @@ def _untie_where_it_differs(model: Any, file: TensorFile) -> None:
     shared = [name for name, at in targets.items() if at is not None and at.data_ptr() == place]
     if len(shared) == 2 and not torch.equal(*(file.read(file.tensors[name]) for name in shared)):
         head.weight = torch.nn.Parameter(head.weight.detach().clone())
-=======
-            rows = file.read(info, start, stop).to(target.device)
-            target.view(info.rows, *info.row_shape)[start:stop] += rows
->>>>>>> adapters
 
 
 def _target(
