@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from taskvec.cli import UserError
 from tests.checks import assert_same_bits, edit_json, edit_tensors, names, weights
 from tests.models import auto_class, load, peft_merge
 
-FAST = {"generate_plots": False, "detailed_report": False, "device": "cpu"}
+FAST: dict[str, Any] = {"generate_plots": False, "detailed_report": False, "device": "cpu"}
 INDEX = "pytorch_model.bin.index.json"
 
 
@@ -34,7 +35,7 @@ def as_bin(source: Path, target: Path, tensors=None, *, shards=1, **options) -> 
     if shards == 1:
         torch.save(tensors, target / "pytorch_model.bin", **options)
         return target
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number in range(shards):
         file = f"pytorch_model-{number + 1:05d}-of-{shards:05d}.bin"
         part = {name: tensors[name] for name in order[number::shards]}
@@ -44,9 +45,13 @@ def as_bin(source: Path, target: Path, tensors=None, *, shards=1, **options) -> 
     return target
 
 
-def certify(base, adapter, merged, directory):
+def certify(base: Path, adapter: Path, merged: Path, directory: Path) -> list[str]:
     """The verdict on a merged model, directly and through its extracted task vector."""
     extract(str(base), str(merged), directory / "tv", device="cpu")
+    ways: tuple[dict[str, Any], ...] = (
+        {"finetuned_model": str(merged)},
+        {"task_vector_path": directory / "tv"},
+    )
     return [
         compare(
             str(base),
@@ -55,7 +60,7 @@ def certify(base, adapter, merged, directory):
             **given,
             **FAST,
         ).summary["certificate"]["verdict"]
-        for given in ({"finetuned_model": str(merged)}, {"task_vector_path": directory / "tv"})
+        for given in ways
     ]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
@@ -24,7 +26,7 @@ SMALL = {
     "topk_group": 1,
 }
 # What a configuration has no usable default for.
-NEEDED = {
+NEEDED: dict[str, dict[str, Any]] = {
     "lfm2_moe": {
         "num_hidden_layers": 2,
         "layer_types": ["conv", "full_attention"],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -12,7 +14,7 @@ from tests.checks import assert_same_bits, weights
 from tests.models import ALL_FAMILIES, auto_class, peft_merge
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-QUIET = {"generate_plots": False, "detailed_report": False, "device": "cpu"}
+QUIET: dict[str, Any] = {"generate_plots": False, "detailed_report": False, "device": "cpu"}
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
@@ -34,7 +36,11 @@ def test_merged_saved_by_peft_extracted_and_certified(tiny, tmp_path, family):
         assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
         assert model.dtype == dtype
         extract(str(base), str(theirs), tmp_path / "tv", device="cpu")
-        for given in ({"finetuned_model": str(theirs)}, {"task_vector_path": tmp_path / "tv"}):
+        ways: tuple[dict[str, Any], ...] = (
+            {"finetuned_model": str(theirs)},
+            {"task_vector_path": tmp_path / "tv"},
+        )
+        for given in ways:
             found = compare(str(base), str(adapter), tmp_path / "c", **given, **QUIET)
             assert found.summary["certificate"]["verdict"] == "exact"
             assert found.summary["shared_parameters"] == len(result.changed_parameters)
