@@ -71,6 +71,7 @@ class _Binding:
         ]
         named = [name for group in groups for name in config.parameters_of(group.module)]
         self._rename = renaming(own, base, named)
+        self._pieces = pieces(base)
         self._refuse_if_strange([*own, *named])
         self._untie(groups, whole)
         self._squares: list[tuple[str, LowRankPart]] = []
@@ -169,7 +170,7 @@ class _Binding:
                 f"{self.file.path}: {group.module}: {shapes} fit "
                 f"{'both' if fits else 'none of'} {choice}, so it is not known what they adapt"
             )
-        if apart := pieces(self.base, self._rename(fits[0])):
+        if apart := self._pieces.get(self._rename(fits[0])):
             self._add_to_pieces(group, fits[0], apart)
             return
         name, info = self._find(fits[0], fits[0])
@@ -253,6 +254,12 @@ class _Binding:
     # -- whole tensors ----------------------------------------------------------------
 
     def add_whole(self, parameter: str, info: TensorInfo) -> None:
+        if self._rename(parameter) not in self.base.tensors:
+            raise UserError(
+                f"{info.path}: replaces {parameter}, which {self.base.source} has not got; load "
+                "the base in transformers with the head that was trained (AutoModelFor...), save it, "
+                "and merge into that"
+            )
         name, found = self._find(parameter, parameter)
         if found.shape != info.shape:
             raise UserError(
@@ -427,7 +434,7 @@ class _Binding:
         name = self._rename(parameter)
         if name in self.base.tensors:
             return self.base.tensors[name].shape
-        apart = pieces(self.base, name)
+        apart = self._pieces.get(name)
         if not apart:
             return None
         parts, (rows, *rest) = apart[0].parts, self.base.tensors[apart[0].name].shape

@@ -89,31 +89,30 @@ class Piece(NamedTuple):
     parts: int
 
 
-def pieces(base: Checkpoint, fused: str) -> list[Piece]:
-    """Where a base keeps the experts that are fused in memory; empty if it keeps them fused.
+def pieces(base: Checkpoint) -> dict[str, list[Piece]]:
+    """Where a base keeps the experts that are fused in memory, by the fused tensor's name there.
 
-    Args:
-        fused: what transformers calls the fused tensor, with the base's leading part.
+    The names have the base's leading part; a base that keeps them fused has none.
 
     Raises:
-        UserError: some of the pieces are missing.
+        UserError: some of a tensor's pieces are missing.
 
     Example:
-        pieces(mixtral, "model.layers.0.mlp.experts.down_proj")
+        pieces(mixtral)["model.layers.0.mlp.experts.down_proj"]
         -> [Piece("model.layers.0.block_sparse_moe.experts.0.w2.weight", 0, 0, 1), ...]
     """
     conversion = conversion_of(base.config())
-    parts = conversion.parts(fused)
-    found = [
-        Piece(name, key.expert, key.part, parts)
-        for key, name in by_key(base, conversion).items()
-        if key.name == fused and key.expert is not None
-    ]
-    found.sort(key=lambda piece: (piece.expert, piece.part))
-    wanted = [(n // parts, n % parts) for n in range(len(found))] if parts else []
-    complete = not parts or len(found) % parts == 0
-    if not complete or [(piece.expert, piece.part) for piece in found] != wanted:
-        raise UserError(f"{base.source}: some experts of {fused} are missing; the model is damaged")
+    found: dict[str, list[Piece]] = {}
+    for key, name in by_key(base, conversion).items():
+        if key.expert is not None:
+            piece = Piece(name, key.expert, key.part, conversion.parts(key.name))
+            found.setdefault(key.name, []).append(piece)
+    for fused, apart in found.items():
+        apart.sort(key=lambda piece: (piece.expert, piece.part))
+        parts = apart[0].parts
+        wanted = [(number // parts, number % parts) for number in range(len(apart))]
+        if len(apart) % parts or [(piece.expert, piece.part) for piece in apart] != wanted:
+            raise UserError(f"{base.source}: some experts of {fused} are missing; get it whole")
     return found
 
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel
+from transformers import AutoModel, AutoModelForSequenceClassification
 
 import final_validation
 from compare_lora_task_vector import compare
@@ -328,6 +329,26 @@ def test_an_untied_head_that_only_one_file_stores_is_a_difference(llama, llama_l
     merge(str(llama), str(llama_lora), tmp_path / "m", device="cpu")
     with pytest.raises(UserError, match=r"base: has no lm_head\.weight, which .*/m has"):
         certify(tmp_path / "base", llama_lora, tmp_path / "m", tmp_path)
+
+
+def test_a_classification_head_is_merged_into_a_base_that_has_one(tiny, tmp_path):
+    base = tiny.base("bert")
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
+    model.save_pretrained(tmp_path / "headed")
+    config = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"])
+    adapted = get_peft_model(model, config)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.02)
+    adapted.save_pretrained(tmp_path / "adapter")
+    merge(str(tmp_path / "headed"), str(tmp_path / "adapter"), tmp_path / "m", device="cpu")
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "headed")
+    theirs = PeftModel.from_pretrained(plain, tmp_path / "adapter").merge_and_unload()
+    assert_same_bits(weights(tmp_path / "m"), theirs.state_dict())
+    with pytest.raises(UserError, match=r"replaces classifier\.\w+, which .* save it, and merge"):
+        merge(str(base), str(tmp_path / "adapter"), tmp_path / "m", device="cpu")
 
 
 def test_names_in_memory_and_names_in_files_are_the_same_model(tiny, tmp_path):
