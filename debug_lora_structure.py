@@ -203,7 +203,7 @@ def _print_problem(problem: Problem) -> None:
 
 def _body(args: argparse.Namespace) -> int:
     report = debug(
-        cli.adapters(cli.lora_path(args) or ""),
+        cli.adapters(cli.lora_path(args)),
         args.base_model,
         output_dir=args.output_dir,
         revision=args.revision,
