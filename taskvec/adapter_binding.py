@@ -39,6 +39,13 @@ def bind(file: TensorFile, config: LoraConfig, base: Checkpoint) -> dict[str, li
     """
     groups, whole = grouped_keys(file.path, file.tensors)
     _check_whole(file, config, whole)
+    if config.values.get("trainable_token_indices") and not any(
+        TOKENS in g.tensors for g in groups
+    ):
+        raise UserError(
+            f"{file.path}: trainable_token_indices is set in {config.file.name}, but there are no "
+            "rows of tokens; the file is incomplete"
+        )
     binding = _Binding(file, config, base, groups, whole)
     for group in groups:
         binding.add_group(group)
@@ -74,6 +81,7 @@ class _Binding:
         self._pieces = pieces(base)
         self._refuse_if_strange([*own, *named])
         self._untie(groups, whole)
+        self._check_saved(whole)
         self._squares: list[tuple[str, LowRankPart]] = []
         self._shown: dict[str, bool] = {}
 
@@ -128,6 +136,11 @@ class _Binding:
         if len(info.shape) > 2:
             self._check_convolution(group, name, info)
             part = dataclasses.replace(part, stored=info.shape)
+        elif any(len(factor.shape) != 2 for factor in factors):
+            raise UserError(
+                f"{self.file.path}: {group.module}: lora_A {factors[0].shape} and lora_B "
+                f"{factors[1].shape} are no factors of a matrix, as {name} in {self.base.source} is"
+            )
         elif group.embedding:
             self._check_shape(group, name, info, (factors[0].shape[1], factors[1].shape[0]))
         else:
@@ -244,7 +257,13 @@ class _Binding:
 
     def _add_bias(self, group: Group, scaling: float) -> None:
         """lora_bias: the bias of lora_B is added to the module's own."""
-        bias = group.tensors.get(BIAS)
+        bias, wanted = group.tensors.get(BIAS), bool(self.config.values.get("lora_bias"))
+        if (bias is not None) != (wanted and not group.embedding):
+            has = "no lora_B.bias" if bias is None else "lora_B.bias"
+            raise UserError(
+                f"{self.file.path}: {group.module} has {has}, but lora_bias is {wanted} in "
+                f"{self.config.file.name}"
+            )
         if bias is None:
             return
         name, info = self._find(f"{group.module}.bias", f"{group.module}.bias")
@@ -290,6 +309,21 @@ class _Binding:
             )
             for start, stop in row_blocks(mine, _COMPARED_ELEMENTS)
         )
+
+    def _check_saved(self, whole: dict[str, TensorInfo]) -> None:
+        """Modules of the base that modules_to_save names must be in the file, all of them.
+
+        Raises:
+            UserError: names one that is not.
+        """
+        held = {self._rename(name) for name in whole}
+        for module in self.config.saved_modules():
+            for name, info in self.base.tensors.items():
+                if f".{module}." in f".{name}" and info.is_float and name not in held:
+                    raise UserError(
+                        f"{self.file.path}: holds no {name}, although modules_to_save of "
+                        f"{self.config.file.name} names {module}; the file is incomplete"
+                    )
 
     # -- ties -------------------------------------------------------------------------
 

@@ -316,4 +316,5 @@ def _total(recipe: Recipe, base: torch.Tensor, delta: torch.Tensor, format: Form
 
 def _row_norms(B: torch.Tensor, A: torch.Tensor, scaling: float) -> torch.Tensor:
     """A bound on the norm of each row of |s| |B| |A|: |s| sum_k |B_ik| ‖A_k‖, (out,) float64."""
-    return abs(scaling) * (B.double().abs() @ torch.linalg.norm(A.double(), dim=1))
+    norms: torch.Tensor = torch.linalg.norm(A.double(), dim=1)
+    return abs(scaling) * (B.double().abs() @ norms)
