@@ -13,6 +13,7 @@ import json
 import os
 import pkgutil
 import resource
+import select
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ import taskvec
 from tests import system_calls
 
 ROOT = Path(__file__).parents[1]
+_PATIENCE = 120  # seconds, many times what any of them takes
 _CAPSET = {"x86_64": 126, "aarch64": 91}.get(os.uname().machine)
 
 
@@ -81,8 +83,8 @@ class Commands:
 
         Args:
             cwd: where.
-            count: the system calls to count: "changes" of the disk, "reads" of ``file``, or "all" of
-                both kinds, of whatever file.
+            count: the system calls to count: "changes" of the disk, "reads" of ``file``, or "all"
+                of both kinds, of whatever file.
             at: act before the call of this number, from 0; None: only count.
             act: "kill" (SIGKILL), "interrupt" (Ctrl-C) or "shrink" ``file`` to half its size.
             largest_file: no file may grow beyond so many bytes (RLIMIT_FSIZE).
@@ -102,6 +104,9 @@ class Commands:
         assert self._server.stdin and self._server.stdout
         self._server.stdin.write(json.dumps(request) + "\n")
         self._server.stdin.flush()
+        if not select.select([self._server.stdout], [], [], _PATIENCE)[0]:
+            self._server.kill()
+            raise TimeoutError(f"{script} did not end within {_PATIENCE} s")
         return Outcome(**json.loads(self._server.stdout.readline()))
 
 

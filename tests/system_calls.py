@@ -18,6 +18,8 @@ from pathlib import Path
 _libc = ctypes.CDLL(None, use_errno=True)
 _TRACEME, _CONT, _SETOPTIONS, _GET_SYSCALL_INFO = 0, 7, 0x4200, 0x420E
 _TRACESECCOMP, _EXITKILL, _EVENT_SECCOMP = 1 << 7, 1 << 20, 7
+_TRACE_DESCENDANTS = 1 << 1 | 1 << 2 | 1 << 3  # fork, vfork, clone
+_WALL = 0x40000000
 
 # (x86-64, arm64) numbers of the calls that change a disk; None: arm64 has not got it.
 _CHANGING = {
@@ -88,7 +90,7 @@ class Call:
     """A system call that is about to be made.
 
     Attributes:
-        pid: of the process, stopped.
+        pid: of the process or thread, stopped.
         number, arguments: as the processor has them.
     """
 
@@ -137,7 +139,7 @@ def run(
 
     Args:
         work: returns the exit status.
-        step_in: called before system calls of the child's own thread, which waits meanwhile.
+        step_in: called before system calls of the child, which waits meanwhile.
         watched: the numbers of those calls, such as CHANGES or READS.
 
     Returns:
@@ -173,20 +175,26 @@ def _be_followed(watched: Collection[int]) -> None:
 
 
 def _follow(pid: int, step_in: Callable[[Call], None]) -> int:
-    _, status = os.waitpid(pid, 0)
-    if os.WIFSTOPPED(status):
-        _ptrace(_SETOPTIONS, pid, 0, _TRACESECCOMP | _EXITKILL)
-    info, passed_on = _Info(), 0
-    while os.WIFSTOPPED(status):
-        _libc.ptrace(_CONT, pid, None, ctypes.c_void_p(passed_on))  # fails where it was killed
-        _, status = os.waitpid(pid, 0)
-        passed_on = 0
-        if status >> 8 == signal.SIGTRAP | _EVENT_SECCOMP << 8:
-            _ptrace(_GET_SYSCALL_INFO, pid, ctypes.sizeof(info), ctypes.addressof(info))
-            step_in(Call(pid, int(info.nr), tuple(info.args)))
-        elif os.WIFSTOPPED(status):
-            passed_on = os.WSTOPSIG(status)
-    return os.waitstatus_to_exitcode(status)
+    """Wait for the child, with its threads and children of its own, and for what they do."""
+    os.waitpid(pid, 0)
+    _ptrace(_SETOPTIONS, pid, 0, _TRACESECCOMP | _TRACE_DESCENDANTS | _EXITKILL)
+    _libc.ptrace(_CONT, pid, None, None)
+    result, alive, info = 0, {pid}, _Info()
+    while alive:
+        task, status = os.waitpid(-1, _WALL)
+        if not os.WIFSTOPPED(status):
+            alive.discard(task)
+            result = os.waitstatus_to_exitcode(status) if task == pid else result
+            continue
+        alive.add(task)
+        event, passed_on = status >> 16, os.WSTOPSIG(status)
+        if event == _EVENT_SECCOMP:
+            _ptrace(_GET_SYSCALL_INFO, task, ctypes.sizeof(info), ctypes.addressof(info))
+            step_in(Call(task, int(info.nr), tuple(info.args)))
+        if event or passed_on == signal.SIGSTOP:  # ptrace's own, at a task's beginning
+            passed_on = 0
+        _libc.ptrace(_CONT, task, None, ctypes.c_void_p(passed_on))  # fails where it was killed
+    return result
 
 
 def _ptrace(request: int, pid: int, address: int, data: int) -> None:
