@@ -93,7 +93,7 @@ def merge(
     """
     from taskvec.adapter import open_adapter
     from taskvec.checkpoint import open_checkpoint
-    from taskvec.modelwriter import write_model
+    from taskvec.modelwriter import stored_format, write_model
     from taskvec.output import output_directory, write_json
     from taskvec.rounding import FORMATS, ROUNDINGS
 
@@ -109,7 +109,9 @@ def merge(
             base,
             partial,
             format,
-            lambda name: _merged_rows(adapter, name, recipe, format, torch_device),
+            lambda name: _merged_rows(
+                adapter, name, recipe, stored_format(base, name, format), torch_device
+            ),
             max_shard_size=max_shard_size,
             bar=bar,
         )

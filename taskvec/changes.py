@@ -116,6 +116,7 @@ def _entry(
     where, info = place(name), subject.tensors[name]
     return {
         "shape": list(info.shape),
+        "stack": where.stack,
         "layer": where.layer,
         "block": where.block,
         "module": where.module,

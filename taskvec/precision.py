@@ -22,6 +22,7 @@ from taskvec.adapter import Adapter
 from taskvec.checkpoint import Checkpoint
 from taskvec.cli import UserError
 from taskvec.compare import BLOCK_ELEMENTS, Magnitude, PairSums
+from taskvec.modelwriter import stored_format
 from taskvec.rounding import (
     FORMATS,
     FP32,
@@ -163,14 +164,15 @@ def _measure_merged(
         rows = base.read(info.name, start, stop).to(device)
         exact = update.exact(start, stop) if update else None
         trained = trained or (exact is not None and bool(exact.any()))
-        for format, pair in impacts.items():
+        for column, pair in impacts.items():
+            format = stored_format(base, info.name, column)
             rounded = rows.to(format.dtype)
             merged = rounded
             if update is not None:
                 delta = recipe_delta(recipe, update, start, stop, format)
                 merged = merge_rows(recipe, rows, delta, format)
             for impact, magnitude, subtracted in zip(
-                pair, magnitudes[format], (rows, rounded), strict=True
+                pair, magnitudes[column], (rows, rounded), strict=True
             ):
                 vector = subtract_rows(merged, subtracted)
                 if bool(vector.any()):

@@ -131,6 +131,7 @@ def _parameter(result: ParameterResult, tolerance: float) -> dict[str, Any]:
     entry: dict[str, Any] = {
         "shape": list(result.shape),
         "elements": result.elements,
+        "stack": where.stack,
         "layer": where.layer,
         "block": where.block,
         "module": where.module,

@@ -107,7 +107,11 @@ class StoredTaskVector:
 
 @dataclass
 class FormedTaskVector:
-    """The task vector of a merged model that is at hand: nothing needs to be extracted first."""
+    """The task vector of a merged model that is at hand: nothing needs to be extracted first.
+
+    The model's tensors have the base's names (`taskvec.names.aligned`). What it leaves out, which
+    can only be a buffer, has not changed.
+    """
 
     source: str
     merged: Checkpoint
@@ -122,15 +126,19 @@ class FormedTaskVector:
         return 0
 
     def formats(self, name: str) -> tuple[Format, ...]:
+        if name not in self.merged.tensors:
+            return (FP32,)
         dtype = self.merged.tensors[name].dtype
         named = [format for format in FORMATS.values() if format.dtype == dtype]
         return tuple(named) or (FP32,)
 
     def is_zero(self, name: str) -> bool:
-        return False
+        return name not in self.merged.tensors
 
     def block(self, base: torch.Tensor, name: str, start: int, stop: int) -> Block:
-        merged = self.merged.read(name, start, stop).to(base.device)
+        merged = base
+        if name in self.merged.tensors:
+            merged = self.merged.read(name, start, stop).to(base.device)
         subtracted = _subtracted(base, self.base_format)
         rows = subtract_rows(merged, subtracted)
         return Block(start, stop, base, subtracted, rows, merged)
@@ -163,31 +171,6 @@ def precision_of(model: Checkpoint) -> str:
     dtypes = {info.dtype for info in model.tensors.values() if info.is_float}
     names = [format.name for format in FORMATS.values() if {format.dtype} == dtypes]
     return names[0] if names else "mixed"
-
-
-def check_same_architecture(base: Checkpoint, other: Checkpoint) -> None:
-    """Refuse two models that do not have the same tensors of the same shapes.
-
-    Raises:
-        UserError: names the first tensor that is missing, of another shape, with both shapes, or
-            a float in one of the two only.
-    """
-    for name, info in base.tensors.items():
-        if name not in other.tensors:
-            raise UserError(f"{other.source}: has no {name}, which {base.source} has")
-        found = other.tensors[name]
-        if found.shape != info.shape:
-            raise UserError(
-                f"{name}: {found.shape} in {other.source}, but {info.shape} in {base.source}"
-            )
-        if found.is_float != info.is_float:
-            raise UserError(
-                f"{name}: {found.dtype} in {other.source}, but {info.dtype} in {base.source}; only "
-                "float tensors can be subtracted"
-            )
-    for name in other.tensors:
-        if name not in base.tensors:
-            raise UserError(f"{base.source}: has no {name}, which {other.source} has")
 
 
 def _subtracted(base: torch.Tensor, format: Format | None) -> torch.Tensor:

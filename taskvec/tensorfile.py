@@ -45,7 +45,7 @@ _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 # Linux's own call: Python's posix_fallocate writes zeros where the file system cannot do it.
 _fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
@@ -199,7 +199,7 @@ class TensorFileWriter:
         for name, dtype, shape in tensors:
             begin, end = end, end + math.prod(shape) * dtype.itemsize
             header[name] = {
-                "dtype": _NAMES[dtype],
+                "dtype": DTYPE_NAMES[dtype],
                 "shape": list(shape),
                 "data_offsets": [begin, end],
             }
