@@ -6,8 +6,8 @@ milliseconds. ``python -m tests.faults`` is that server; `Commands` is the tests
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
+import fcntl
 import importlib
 import json
 import os
@@ -17,8 +17,8 @@ import select
 import signal
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +29,7 @@ from tests import system_calls
 
 ROOT = Path(__file__).parents[1]
 _PATIENCE = 120  # seconds, many times what any of them takes
+_SETPIPE_SIZE = 1031  # F_SETPIPE_SZ
 _CAPSET = {"x86_64": 126, "aarch64": 91}.get(os.uname().machine)
 
 
@@ -77,6 +78,7 @@ class Commands:
         act: str = "kill",
         file: Path | None = None,
         largest_file: int | None = None,
+        memory: int | None = None,
         no_privileges: bool = False,
     ) -> Outcome:
         """Run ``script`` with ``words`` as its arguments.
@@ -88,6 +90,7 @@ class Commands:
             at: act before the call of this number, from 0; None: only count.
             act: "kill" (SIGKILL), "interrupt" (Ctrl-C) or "shrink" ``file`` to half its size.
             largest_file: no file may grow beyond so many bytes (RLIMIT_FSIZE).
+            memory: so many bytes may be mapped beside the libraries (RLIMIT_AS).
             no_privileges: give up root's power to write where permissions forbid it.
         """
         request = {
@@ -99,6 +102,7 @@ class Commands:
             "act": act,
             "file": str(file) if file else None,
             "largest_file": largest_file,
+            "memory": memory,
             "no_privileges": no_privileges,
         }
         assert self._server.stdin and self._server.stdout
@@ -132,22 +136,24 @@ def _serve() -> None:
 
 def _answer(request: dict[str, Any]) -> dict[str, Any]:
     main = importlib.import_module(request["script"]).main
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        counter = _Counter(request) if request["count"] else None
-        work = _command(main, request, out.fileno(), err.fileno())
-        watched = {"changes": system_calls.CHANGES, "reads": system_calls.READS}
-        everything = system_calls.CHANGES | system_calls.READS
-        status = system_calls.run(work, counter, watched.get(request["count"], everything))
-        texts = []
-        for stream in (out, err):
-            stream.seek(0)
+    (out, to_out), (err, to_err) = pipes = os.pipe(), os.pipe()
+    for reading, _ in pipes:
+        fcntl.fcntl(reading, _SETPIPE_SIZE, 1 << 20)  # all that a command says has room
+    counter = _Counter(request) if request["count"] else None
+    watched = {"changes": system_calls.CHANGES, "reads": system_calls.READS}
+    status = system_calls.run(
+        _command(main, request, to_out, to_err),
+        counter,
+        watched.get(request["count"], system_calls.CHANGES | system_calls.READS),
+    )
+    os.close(to_out)
+    os.close(to_err)
+    texts = []
+    for reading in (out, err):
+        with open(reading, "rb") as stream:
             texts.append(stream.read().decode(errors="replace"))
-    return {
-        "status": status,
-        "out": texts[0],
-        "err": texts[1],
-        "calls": counter.calls if counter else 0,
-    }
+    calls = counter.calls if counter else 0
+    return {"status": status, "out": texts[0], "err": texts[1], "calls": calls}
 
 
 def _command(
@@ -156,17 +162,24 @@ def _command(
     def work() -> int:
         os.dup2(out, 1)
         os.dup2(err, 2)
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
         os.chdir(request["cwd"])
         if request["no_privileges"]:
             drop_privileges()
-        if request["largest_file"] is not None:
-            with _pipes_for(1, 2):  # the limit is for the outputs
-                limit = (request["largest_file"],) * 2
-                resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-                return _exit_status(main, request["words"])
+        for kind, most in (
+            (resource.RLIMIT_FSIZE, request["largest_file"]),
+            (resource.RLIMIT_AS, request["memory"] and _mapped_bytes() + request["memory"]),
+        ):
+            if most is not None:
+                resource.setrlimit(kind, (most, most))
         return _exit_status(main, request["words"])
 
     return work
+
+
+def _mapped_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    return pages * resource.getpagesize()
 
 
 def _exit_status(main: Callable[[Sequence[str]], int], words: Sequence[str]) -> int:
@@ -175,36 +188,11 @@ def _exit_status(main: Callable[[Sequence[str]], int], words: Sequence[str]) -> 
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 1
     except BaseException:
-        import traceback
-
         traceback.print_exc()
         return 99
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-
-
-@contextlib.contextmanager
-def _pipes_for(*descriptors: int) -> Iterator[None]:
-    """Let a process of its own write to these files."""
-    children = []
-    for descriptor in descriptors:
-        reading, writing = os.pipe()
-        pid = os.fork()
-        if pid == 0:
-            os.close(writing)
-            while piece := os.read(reading, 1 << 16):
-                os.write(descriptor, piece)
-            os._exit(0)
-        os.close(reading)
-        os.dup2(writing, descriptor)
-        os.close(writing)
-        children.append((descriptor, pid))
-    yield
-    for descriptor, _ in children:
-        os.close(descriptor)
-    for _, pid in children:
-        os.waitpid(pid, 0)
 
 
 class _Counter:

@@ -161,6 +161,7 @@ class Sandbox:
 
     def run(self, script: str, *more: str) -> Ending:
         """Run a script on these inputs; whatever they hold, the checks of this module hold."""
+        self.clear()
         before = self._inputs()
         ending = run_main(importlib.import_module(script).main, [*self.words(script), *more])
         assert self._inputs() == before
@@ -234,9 +235,7 @@ TEXTS = st.one_of(
 SCALARS = st.one_of(NUMBERS, TEXTS, st.booleans(), st.none())
 VALUES = st.recursive(
     SCALARS,
-    lambda inner: st.one_of(
-        st.lists(inner, max_size=3), st.dictionaries(TEXTS, inner, max_size=3)
-    ),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(TEXTS, inner, max_size=3)),
     max_leaves=6,
 )
 

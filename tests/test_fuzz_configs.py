@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 
-from taskvec import cli
+from taskvec import cli, patterns
 from tests import hostile
 from tests.hostile import BASE, CONFIG, LORA_CONFIG, A, B, Sandbox, cases, json_bytes, run_main
 
@@ -28,11 +28,15 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
     with pytest.MonkeyPatch.context() as patch:
+        import taskvec.figures.architecture
         import taskvec.figures.mathematics
         import taskvec.figures.task_vector
 
+        # The figures take half a second each, and see numbers only.
+        patch.setattr(taskvec.figures.architecture, "model_structure", lambda *_: None)
         patch.setattr(taskvec.figures.mathematics, "draw", lambda *_: {})
         patch.setattr(taskvec.figures.task_vector, "change_norms", lambda *_: None)
+        patch.setattr(patterns, "_SECONDS", 0.2)  # of patience; many cases use all of it
         yield Sandbox(tmp_path_factory.mktemp("fuzz") / "home")
 
 
@@ -168,15 +172,11 @@ def model_configs(draw: st.DrawFn) -> bytes:
     script=st.sampled_from(["merge_lora", "extract_task_vectors", "visualize_model_structure"]),
 )
 def test_a_spoilt_config(sandbox, content, script):
-    with pytest.MonkeyPatch.context() as patch:
-        import taskvec.figures.architecture
-
-        patch.setattr(taskvec.figures.architecture, "model_structure", lambda *_: None)
-        with sandbox.with_file("base/config.json", content):
-            ending = sandbox.run(script)
-            if ending.status == 0 and script == "merge_lora":
-                written = json.loads((sandbox.out / "config.json").read_text("utf-8"))
-                assert "float32" in (written.get("dtype"), written.get("torch_dtype"))
+    with sandbox.with_file("base/config.json", content):
+        ending = sandbox.run(script)
+        if ending.status == 0 and script == "merge_lora":
+            written = json.loads((sandbox.out / "config.json").read_text("utf-8"))
+            assert "float32" in (written.get("dtype"), written.get("torch_dtype"))
     sandbox.clear()
 
 

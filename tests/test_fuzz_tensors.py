@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -46,7 +47,15 @@ def consistent_entries(draw: st.DrawFn, tensors: dict[str, np.ndarray]) -> bytes
     for name, array in tensors.items():
         dtype, itemsize = draw(
             st.sampled_from(
-                [("F32", 4), ("F16", 2), ("BF16", 2), ("F64", 8), ("I8", 1), ("BOOL", 1), ("U64", 8)]
+                [
+                    ("F32", 4),
+                    ("F16", 2),
+                    ("BF16", 2),
+                    ("F64", 8),
+                    ("I8", 1),
+                    ("BOOL", 1),
+                    ("U64", 8),
+                ]
             )
         )
         shape = draw(
@@ -100,7 +109,7 @@ def spoilt_files(draw: st.DrawFn, tensors: dict[str, np.ndarray]) -> bytes:
                     text.replace('"pt"', hostile.nested(3000, "list")).encode(),
                     hostile.nested(100_000, "list").encode(),
                     hostile.nested(100_000, "object").encode(),
-                    text.replace("[4, 3]", "[4, 3.0]").replace("0, ", "-0, ").encode(),
+                    text.replace("3]", "3.0]").encode(),
                     text.replace("0, ", "0" * 5000 + "1, ").encode(),
                     text.replace("0, ", "1" * 5000 + ", ").encode(),
                     text.replace("0, ", "0e1, ").encode(),
@@ -257,12 +266,13 @@ def test_a_spoilt_index(sharded, content):
     with sharded.with_file(INDEX, content):
         ending = sharded.run("merge_lora")
         if ending.status == 0:
-            merged = {
-                name: tensor.double().numpy()
-                for file in {*json.loads((sharded.out / INDEX[5:]).read_bytes())["weight_map"].values()}
-                for name, tensor in load_file(sharded.out / file).items()
-            }
-            assert sorted(merged) == sorted(WEIGHT_MAP)
-            expected = BASE["a.weight"] + VECTOR["a.weight"]
-            np.testing.assert_array_equal(merged["a.weight"], expected.astype(np.float64))
+            index = sharded.out / Path(INDEX).name
+            files = json.loads(index.read_bytes())["weight_map"].values() if index.exists() else ()
+            merged = {}
+            for file in set(files) or ["model.safetensors"]:
+                merged |= load_file(sharded.out / file)
+            assert sorted(merged) == sorted(json.loads(content)["weight_map"])
+            if "a.weight" in merged:
+                expected = (BASE["a.weight"] + VECTOR["a.weight"]).astype(np.float64)
+                np.testing.assert_array_equal(merged["a.weight"].double().numpy(), expected)
     sharded.clear()
