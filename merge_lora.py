@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def merge(
     base_model: str,
-    lora_path: str,
+    lora_path: str | Sequence[str],
     output_dir: str | Path,
     *,
     precision: str = "fp32",
@@ -80,7 +81,7 @@ def merge(
 
     Args:
         base_model: directory, .safetensors file or hub id.
-        lora_path: directory or hub id of a PEFT LoRA adapter.
+        lora_path: directory or hub id of a PEFT LoRA adapter, or several, merged in turn.
         output_dir: absent, empty, or an earlier merge, which is replaced.
         precision: fp32, fp16 or bf16.
         rounding: once or peft (`taskvec.rounding.RECIPES`).
@@ -101,7 +102,7 @@ def merge(
     with (
         open_checkpoint(base_model, revision) as base,
         open_adapter(lora_path, base) as adapter,
-        output_directory(target, is_merged_model, [*base.paths, adapter.path]) as partial,
+        output_directory(target, is_merged_model, [*base.paths, *adapter.paths]) as partial,
         cli.progress(base.nbytes, f"Merging in {precision}") as bar,
     ):
         torch_device = cli.pick_device(device)
@@ -134,15 +135,12 @@ def is_merged_model(directory: Path) -> bool:
 def _merged_rows(
     adapter: Adapter, name: str, recipe: Recipe, format: Format, device: torch.device
 ) -> RowFunction | None:
-    from taskvec.rounding import merge_rows, recipe_delta
-
     if name not in adapter.scalings:
         return None
     update = adapter.update(name, device)
 
     def rows(base: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        delta = recipe_delta(recipe, update, start, stop, format)
-        return merge_rows(recipe, base.to(device), delta, format).cpu()
+        return update.merged(recipe, base.to(device), start, stop, format).cpu()
 
     return rows
 
@@ -169,7 +167,7 @@ def _manifest(
 def _body(args: argparse.Namespace) -> int:
     result = merge(
         args.base_model,
-        args.lora_path,
+        cli.lora_path(args),
         args.output_dir,
         precision=args.precision,
         rounding=args.rounding,

@@ -19,6 +19,7 @@ import torch
 
 from taskvec.cli import UserError
 from taskvec.tensorfile import TensorFile, TensorInfo, without_duplicates
+from taskvec.ties import set_copies_aside
 from taskvec.torchfile import TorchFile, is_torch_file
 
 SINGLE_FILE = "model.safetensors"
@@ -34,7 +35,7 @@ _MOST_JSON_LAYERS = 100
 # What a hub download of a model consists of: configuration, tokenizer and weights.
 _MODEL_PATTERNS = ["*.json", "*.txt", "*.model", "*.jinja", "model*.safetensors"]
 _TORCH_PATTERNS = ["pytorch_model*.bin"]  # only where there is no safetensors file
-_ADAPTER_PATTERNS = ["adapter_config.json", "adapter_model.safetensors"]
+_ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"]
 # What quantisation methods store beside or instead of a weight.
 _QUANTISED = re.compile(
     r"\.(?:(?P<gptq>qweight|qzeros)|(?P<bnb8>SCB)|(?P<compressed>weight_packed)"
@@ -62,7 +63,7 @@ class Checkpoint:
         source: the model as the user named it.
         directory: where its config.json and tokenizer lie; None for a bare file.
         shards: the open files, in the order of their names.
-        tensors: where each tensor lies, in the order of the files.
+        tensors: where each tensor lies, in the order of the files; tied ones once (`taskvec.ties`).
         revision: the hub commit, where the model came from the hub.
     """
 
@@ -170,19 +171,37 @@ def open_checkpoint(source: str, revision: str | None = None) -> Iterator[Checkp
             _check_index(index, weight_map, tensors)
         if not tensors:
             raise UserError(f"{source}: holds no tensors")
-        yield Checkpoint(source, directory, shards, tensors, commit)
+        model = Checkpoint(source, directory, shards, tensors, commit)
+        set_copies_aside(model)
+        yield model
 
 
 def locate_adapter(source: str) -> Path:
-    """The directory of an adapter that is named by directory or hub id.
+    """The directory of an adapter that is named by directory, hub id or a folder in a hub id.
+
+    Example:
+        locate_adapter("organisation/repository/folder")
 
     Raises:
         UserError: nothing there.
     """
-    path, _ = _locate(source, None, _ADAPTER_PATTERNS)
+    hub_id, folder = source, ""
+    first, *rest = source.split("/")
+    on_the_hub = first not in ("", ".", "..", "~") and not Path(first).exists()
+    if on_the_hub and len(rest) == 2 and all(rest):
+        hub_id, folder = f"{first}/{rest[0]}", f"{rest[1]}/"
+    path, _ = _locate(hub_id, None, [folder + name for name in _ADAPTER_FILES])
     if path.is_file():
         raise UserError(f"{source}: is a file; give the adapter's directory")
-    return path
+    if not (path / folder).is_dir():
+        named = ", ".join(named_adapters(path))
+        raise UserError(f"{source}: {hub_id} has no such folder{named and '; it has '}{named}")
+    return path / folder
+
+
+def named_adapters(directory: Path) -> list[str]:
+    """The folders within a directory that hold an adapter."""
+    return sorted(path.parent.name for path in directory.glob(f"*/{_ADAPTER_FILES[0]}"))
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

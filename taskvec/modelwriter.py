@@ -24,6 +24,7 @@ from taskvec.conversions import stays_in_fp32
 from taskvec.output import write_json
 from taskvec.rounding import FP16, FP32, Format
 from taskvec.tensorfile import TensorFileWriter, TensorInfo, row_blocks
+from taskvec.ties import untied
 from taskvec.workers import for_each
 
 if TYPE_CHECKING:
@@ -170,8 +171,8 @@ def _plan_shards(
     if len(base.shards) == 1:
         return [Shard(SINGLE_FILE, list(specs.values()))]
     return [
-        Shard(_shard_name(path), [specs[name] for name in file.tensors])
-        for path, file in base.shards.items()
+        Shard(_shard_name(path), [specs[name] for name in specs if base.tensors[name].path == path])
+        for path in base.shards
     ]
 
 
@@ -221,6 +222,8 @@ def _copy_side_files(base: Checkpoint, directory: Path, format: Format) -> None:
         return
     if config := copy.deepcopy(base.config()):
         _set_dtype(config, str(format.dtype).removeprefix("torch."))
+        if untied(base):
+            config["tie_word_embeddings"] = False
         text = json.dumps(config, indent=2, ensure_ascii=False)
         (directory / "config.json").write_text(text + "\n", encoding="utf-8")
     for pattern in _SIDE_FILES:

@@ -3,48 +3,45 @@
 Two models are compared under the base's names (`aligned`), and an adapter's parameters are found in
 the base whatever it was trained with (`renaming`). What differs is a leading part (a base saved
 from its backbone lacks that of its head), names that transformers changes while it loads a model
-(taskvec/conversions.py), and tensors that one file stores twice or leaves out.
+(taskvec/conversions.py), and buffers that one of the files leaves out.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping
-
-import torch
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from taskvec.checkpoint import Checkpoint
 from taskvec.cli import UserError, notice
 from taskvec.conversions import Conversion, Key, conversion_of
-from taskvec.tensorfile import TensorInfo, row_blocks
+from taskvec.tensorfile import TensorInfo
+from taskvec.ties import tied_to, untie
 
 Rule = tuple[str, str]
 
-# What shares its memory with the input embedding, or with a bias, in a model with tied weights
-# (transformers' _tied_weights_keys). A file may hold a second copy of it.
-_TIED = re.compile(
-    r"(^|\.)((lm_head|embed_out|lm_head\.decoder|cls\.predictions\.decoder)\.(weight|bias)"
-    r"|(encoder|decoder)\.embed_tokens\.weight)$"
-)
 # Causal masks, positions and frequencies, which a model computes when it is made. Older versions of
 # transformers saved them, newer ones do not.
 _BUFFER = re.compile(
     r"(^|\.)(attn|attention)\.(masked_)?bias$|(^|\.)(inv_freq|position_ids|token_type_ids)$"
 )
-_COMPARED_ELEMENTS = 1 << 20
 
 
 def renaming(modules: list[str], base: Checkpoint) -> Callable[[str], str]:
     """From a parameter's name in an adapter to its name in the base; one rule fits every module.
 
-    A name that no rule finds in the base comes back unchanged.
+    A tied head that the base's file leaves out is the embedding, which is what PEFT adds to. A name
+    that no rule finds in the base comes back unchanged.
     """
     files = by_key(base)
     conversion = conversion_of(base.config())
+
+    def find(name: str, rule: Rule) -> str | None:
+        return files.get(_renamed(conversion.key(name), rule)) or tied_to(base, name)
+
     for rule in naming_rules(modules, base):
-        if all(_find(f"{module}.weight", rule, conversion, files) for module in modules):
-            return lambda name: _find(name, rule, conversion, files) or name
+        if all(find(f"{module}.weight", rule) for module in modules):
+            return lambda name: find(name, rule) or name
     return lambda name: name
 
 
@@ -66,20 +63,20 @@ def by_key(model: Checkpoint, conversion: Conversion | None = None) -> dict[Key,
     return {conversion.key(name): name for name in model.tensors}
 
 
-def _find(name: str, rule: Rule, conversion: Conversion, files: Mapping[Key, str]) -> str | None:
-    return files.get(_renamed(conversion.key(name), rule))
-
-
 def _renamed(key: Key, rule: Rule) -> Key:
     strip, add = rule
     return key._replace(name=add + key.name.removeprefix(strip))
 
 
-def aligned(base: Checkpoint, other: Checkpoint) -> Checkpoint:
+def aligned(base: Checkpoint, other: Checkpoint, *, partly: bool = False) -> Checkpoint:
     """Another model of the base's architecture, under the base's names.
 
-    Its tensors are those of the base in the base's order, except for buffers that it leaves out.
-    What only one of the two stores, and why that does not matter, is said on stderr.
+    Its tensors are those of the base in the base's order, except for buffers that it leaves out. A
+    head that is tied in the base and has weights of its own in the other model becomes a parameter
+    of the base. What is left out is said on stderr.
+
+    Args:
+        partly: the other one may leave out any tensor, as a task vector file does.
 
     Raises:
         UserError: names the first tensor that one of the two has not got or has in another shape,
@@ -88,21 +85,30 @@ def aligned(base: Checkpoint, other: Checkpoint) -> Checkpoint:
     for model in (base, other):
         model.refuse_quantised()
     conversion = conversion_of(base.config() or other.config())
-    wanted = by_key(base, conversion)
-    others = _under_base_keys(wanted, by_key(other, conversion))
+    others = _under_base_keys(by_key(base, conversion), by_key(other, conversion))
+    _untie_heads(base, others)
     found: dict[str, TensorInfo] = {}
-    for key, name in wanted.items():
+    for key, name in by_key(base, conversion).items():
         info = _counterpart(base, other, conversion, key, others)
         if info is not None:
             _check_alike(base, other, base.tensors[name], info)
             found[name] = info
-        elif not _BUFFER.search(name):
+        elif not partly and not _BUFFER.search(name):
             raise UserError(f"{other.source}: has no {name}, which {base.source} has")
-    _say_what_differs(base, other, found)
+    _check_extra(base, other, {info.name for info in found.values()})
+    if not partly:
+        _say_absent(other, [name for name in base.tensors if name not in found])
     tensors = {
         name: dataclasses.replace(found[name], name=name) for name in base.tensors if name in found
     }
     return dataclasses.replace(other, tensors=tensors)
+
+
+def _untie_heads(base: Checkpoint, others: Mapping[Key, str]) -> None:
+    known = {key.name for key in by_key(base)}
+    for key in others:
+        if key.name not in known and untie(base, key.name):
+            notice(f"{base.source}: {key.name} is tied here, and has weights of its own there.")
 
 
 def _under_base_keys(wanted: Mapping[Key, str], others: Mapping[Key, str]) -> dict[Key, str]:
@@ -139,9 +145,7 @@ def _counterpart(
             f"{other.source}: holds {key.name} one by one, {base.source} fused; load one of them "
             "in transformers and save it like the other (save_pretrained's save_original_format)"
         )
-    twin = _copied(base, by_key(base, conversion)[key])
-    original = others.get(conversion.key(twin)) if twin is not None else None
-    return other.tensors[original] if original is not None else None
+    return None
 
 
 def _piece(fused: TensorInfo, key: Key, parts: int) -> TensorInfo:
@@ -162,26 +166,6 @@ def _piece(fused: TensorInfo, key: Key, parts: int) -> TensorInfo:
     return dataclasses.replace(fused, shape=shape, offset=offset, nbytes=nbytes)
 
 
-def _copied(model: Checkpoint, name: str) -> str | None:
-    """What a tied tensor is a second copy of in the same model, bit for bit; None if of nothing."""
-    info = model.tensors[name]
-    if not _TIED.search(name):
-        return None
-    for other in model.tensors.values():
-        if (other.shape, other.dtype) != (info.shape, info.dtype) or _TIED.search(other.name):
-            continue
-        if all(
-            _same_bits(model.read(name, *rows), model.read(other.name, *rows))
-            for rows in row_blocks(info, _COMPARED_ELEMENTS)
-        ):
-            return other.name
-    return None
-
-
-def _same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
-    return torch.equal(left.reshape(-1).view(torch.uint8), right.reshape(-1).view(torch.uint8))
-
-
 def _check_alike(
     base: Checkpoint, other: Checkpoint, wanted: TensorInfo, found: TensorInfo
 ) -> None:
@@ -197,30 +181,16 @@ def _check_alike(
         )
 
 
-def _say_what_differs(base: Checkpoint, other: Checkpoint, found: Mapping[str, TensorInfo]) -> None:
-    """Notices about what one of the models stores alone.
-
-    Raises:
-        UserError: the other model stores what the base has not got, and it is neither a buffer nor
-            a second copy.
-    """
-    used = {info.name for info in found.values()}
+def _check_extra(base: Checkpoint, other: Checkpoint, used: Collection[str]) -> None:
+    """What the other model has and the base has not can only be a buffer."""
     extra = [name for name in other.tensors if name not in used]
     for name in extra:
-        if not _BUFFER.search(name) and _copied(other, name) is None:
+        if not _BUFFER.search(name):
             raise UserError(f"{base.source}: has no {name}, which {other.source} has")
-    shared = [name for name in found if found[name].name != name and _TIED.search(name)]
-    for stores, lacks, names in (
-        (base, other, [name for name in shared if not _TIED.search(found[name].name)]),
-        (other, base, [name for name in extra if not _BUFFER.search(name)]),
-    ):
-        if names:
-            notice(
-                f"{stores.source}: stores the tied {', '.join(names)} beside what it is a copy of; "
-                f"{lacks.source} stores it once."
-            )
-    absent = [name for name in base.tensors if name not in found]
-    for lacks, names in ((other, absent), (base, [n for n in extra if _BUFFER.search(n)])):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            notice(f"{lacks.source}: leaves out the buffer {names[0]}{more}, which is not trained.")
+    _say_absent(base, extra)
+
+
+def _say_absent(model: Checkpoint, buffers: list[str]) -> None:
+    if buffers:
+        more = f" and {len(buffers) - 1} more" if len(buffers) > 1 else ""
+        notice(f"{model.source}: leaves out the buffer {buffers[0]}{more}, which is not trained.")

@@ -28,8 +28,6 @@ from taskvec.rounding import (
     FP32,
     Format,
     Recipe,
-    merge_rows,
-    recipe_delta,
     subtract_rows,
 )
 from taskvec.subject import stored_blocks
@@ -169,8 +167,7 @@ def _measure_merged(
             rounded = rows.to(format.dtype)
             merged = rounded
             if update is not None:
-                delta = recipe_delta(recipe, update, start, stop, format)
-                merged = merge_rows(recipe, rows, delta, format)
+                merged = update.merged(recipe, rows, start, stop, format)
             for impact, magnitude, subtracted in zip(
                 pair, magnitudes[column], (rows, rounded), strict=True
             ):
@@ -277,7 +274,7 @@ def _blocks(
     if _holds(vector, info.name):
         return stored_blocks(vector, vector.file.tensors[info.name], device)
     return (
-        (start, torch.zeros(stop - start, *info.shape[1:], device=device))
+        (start, torch.zeros(stop - start, *info.row_shape, device=device))
         for start, stop in row_blocks(info, BLOCK_ELEMENTS)
     )
 

@@ -17,8 +17,10 @@ import torch
 from taskvec.certificate import Block
 from taskvec.checkpoint import Checkpoint
 from taskvec.cli import UserError
+from taskvec.names import aligned
 from taskvec.rounding import BF16, FORMATS, FP16, FP32, Format, subtract_rows
 from taskvec.tensorfile import TensorFile, TensorInfo
+from taskvec.ties import set_copies_aside
 
 TASK_VECTOR_FILE = "task_vector.safetensors"
 
@@ -82,19 +84,17 @@ class StoredTaskVector:
         return name not in self.file.tensors or self.file.is_hole(self.file.tensors[name])
 
     def check_fits(self, base: Checkpoint) -> None:
-        """Refuse a task vector of another architecture.
+        """Refuse a task vector of another architecture; from here on its tensors have base's names.
 
         Raises:
             UserError: names the first tensor that the base lacks or has in another shape.
         """
-        for name, info in self.file.tensors.items():
-            if name not in base.tensors:
-                raise UserError(f"{self.file.path}: holds {name}, which {base.source} has not got")
-            if info.shape != base.tensors[name].shape:
-                raise UserError(
-                    f"{name}: {info.shape} in {self.file.path}, but {base.tensors[name].shape} in "
-                    f"{base.source}"
-                )
+        path = self.file.path
+        held = Checkpoint(
+            str(path), None, {path: self.file}, self.file.tensors, None, base.config()
+        )
+        set_copies_aside(held)
+        self.file.tensors = aligned(base, held, partly=True).tensors
 
     def block(self, base: torch.Tensor, name: str, start: int, stop: int) -> Block:
         if name in self.file.tensors:

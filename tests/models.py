@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from transformers import (
     T5Config,
     ViTConfig,
 )
+
+_FACTOR = re.compile(r"lora_(embedding_)?[AB]\b")
 
 _DECODER: dict[str, Any] = {
     "vocab_size": 96,
@@ -134,7 +137,7 @@ def make_adapter(
     """
     model = load(base)
     family = model.config.model_type
-    fields = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS[family], **config}
+    fields = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS.get(family), **config}
     fields.setdefault("fan_in_fan_out", family == "gpt2")
     if family not in _AUTO:
         fields.setdefault("task_type", "CAUSAL_LM")
@@ -142,8 +145,10 @@ def make_adapter(
     adapted = get_peft_model(model, LoraConfig(**fields))
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
-            if "lora_B" in name:
+            if "lora_B" in name or (_FACTOR.search(name) and not parameter.any()):
                 parameter.normal_(0, scale)
+            elif parameter.requires_grad and not _FACTOR.search(name):  # whole tensors, magnitudes
+                parameter.add_(torch.randn_like(parameter) * scale)
     adapted.save_pretrained(directory)
     return directory
 

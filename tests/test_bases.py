@@ -20,6 +20,7 @@ from taskvec.cli import UserError
 from tests.checks import assert_same_bits, edit_json, names, weights
 from tests.models import load, peft_merge
 
+FAST = {"generate_plots": False, "detailed_report": False, "device": "cpu"}
 INDEX = "pytorch_model.bin.index.json"
 
 
@@ -51,9 +52,7 @@ def certify(base, adapter, merged, directory):
             str(adapter),
             directory / "comparison",
             **given,
-            generate_plots=False,
-            detailed_report=False,
-            device="cpu",
+            **FAST,
         ).summary["certificate"]["verdict"]
         for given in ({"finetuned_model": str(merged)}, {"task_vector_path": directory / "tv"})
     ]
@@ -278,10 +277,36 @@ def test_a_tied_head_that_only_one_file_stores_is_no_difference(tiny, tmp_path, 
     for one, other in ((base, twice), (base_twice, tmp_path / "once"), (base_twice, twice)):
         capsys.readouterr()
         assert certify(one, adapter, other, tmp_path) == ["exact", "exact"]
-        said = "stores the tied lm_head.weight beside what it is a copy of" in (
-            capsys.readouterr().err
-        )
-        assert said == (one is base or other is not twice)
+        said = "stores the tied lm_head.weight twice; it is one with transformer.wte.weight"
+        assert said in capsys.readouterr().err
+    merge(str(base_twice), str(adapter), tmp_path / "m", device="cpu")
+    assert_same_bits(weights(tmp_path / "m"), weights(tmp_path / "once"))
+    assert weights(tmp_path / "m").keys() == weights(tmp_path / "once").keys()
+
+
+@pytest.mark.parametrize("module", ["lm_head", "wte"])
+def test_a_head_that_was_trained_on_its_own_is_a_parameter_of_its_own(tiny, tmp_path, module):
+    base = tiny.base("gpt2")
+    adapter = tiny.adapter(base, modules_to_save=[module])
+    peft_merge(base, adapter, torch.float32).save_pretrained(tmp_path / "m")
+    merged, stored = weights(tmp_path / "m"), weights(base)
+    assert "lm_head.weight" in merged and "lm_head.weight" not in stored
+    extract(str(base), str(tmp_path / "m"), tmp_path / "tv", device="cpu")
+    found = weights(tmp_path / "tv")
+    embedding = stored["transformer.wte.weight"]
+    assert found.keys() == merged.keys()
+    assert_same_bits({"lm_head.weight": merged["lm_head.weight"] - embedding}, found)
+
+
+def test_a_task_vector_of_both_copies_of_a_tied_tensor_is_read_as_one(tiny, tmp_path):
+    base = tiny.base("gpt2")
+    adapter = tiny.adapter(base)
+    before = load(base).state_dict()
+    after = peft_merge(base, adapter, torch.float32).state_dict()
+    file = tmp_path / "task_vector.safetensors"
+    save_file({name: (after[name] - before[name]).clone() for name in before}, file)
+    found = compare(str(base), str(adapter), tmp_path / "c", task_vector_path=file, **FAST)
+    assert found.summary["certificate"]["verdict"] == "exact"
 
 
 def test_t5_with_every_copy_of_its_embedding_is_compared_with_one_of_them(tiny, tmp_path):
