@@ -22,6 +22,7 @@ from taskvec.compare import (
     attribute_parameter,
     compare_parameter,
 )
+from taskvec.rounding import FORMATS
 from taskvec.subject import Subject
 from taskvec.tensorfile import TensorInfo
 
@@ -150,10 +151,9 @@ def adopt_attribution(entries: Mapping[str, Entry], path: Path) -> None:
         if name not in found or name not in entries or not _same(entries[name], found[name]):
             raise UserError(f"{path}: is about another task vector: {name} differs")
     for name, entry in entries.items():
-        lora = found[name].get("lora")
         entry["attribution"] = found[name]["attribution"]
         entry["cast_format"] = found[name].get("cast_format")
-        entry["relative_error"] = lora.get("relative_error") if isinstance(lora, dict) else None
+        entry["relative_error"] = _relative_error(found[name].get("lora"))
 
 
 def _same(entry: Entry, found: object) -> bool:
@@ -163,7 +163,13 @@ def _same(entry: Entry, found: object) -> bool:
         and found.get("shape") == entry["shape"]
         and found.get("nonzero_elements") == entry["nonzero_elements"]
         and found.get("task_vector_max_abs") == entry["max_abs"]
+        and found.get("cast_format") in (None, *FORMATS)
     )
+
+
+def _relative_error(lora: object) -> float | None:
+    error = lora.get("relative_error") if isinstance(lora, dict) else None
+    return error if isinstance(error, float) and math.isfinite(error) else None
 
 
 def summarise(entries: Mapping[str, Entry]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from taskvec.cli import UserError
-from taskvec.tensorfile import TensorFile, TensorInfo
+from taskvec.tensorfile import TensorFile, TensorInfo, without_duplicates
 from taskvec.ties import set_copies_aside
 from taskvec.torchfile import TorchFile, is_torch_file
 
@@ -28,6 +28,9 @@ _TORCH_FILE = "pytorch_model.bin"
 
 # In the order in which transformers looks for them: a file, and the index of one in shards.
 _WEIGHT_FILES = ((SINGLE_FILE, INDEX_FILE), (_TORCH_FILE, f"{_TORCH_FILE}.index.json"))
+
+_MOST_JSON_BYTES = 100_000_000  # as a safetensors header: an index may name as many tensors
+_MOST_JSON_LAYERS = 100
 
 # What a hub download of a model consists of: configuration, tokenizer and weights.
 _MODEL_PATTERNS = ["*.json", "*.txt", "*.model", "*.jinja", "model*.safetensors"]
@@ -205,15 +208,37 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """A JSON file that must hold an object.
 
     Raises:
-        UserError: unreadable, not JSON, not an object.
+        UserError: unreadable, not JSON, not an object, too large or too deep to be a configuration.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            raw = file.read(_MOST_JSON_BYTES + 1)
+        if len(raw) > _MOST_JSON_BYTES:
+            raise UserError(f"{path}: over {_MOST_JSON_BYTES:,} bytes")
+        content = json.loads(raw.decode("utf-8"), object_pairs_hook=without_duplicates)
+        _check_depth(content)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(content).__name__}")
     return content
+
+
+def _check_depth(content: Any) -> None:
+    """Whoever walks through it, or writes it again, has only so much of a stack.
+
+    Raises:
+        ValueError: lists and objects lie too deep in each other, or a text is no text.
+    """
+    layer = [content]
+    for _ in range(_MOST_JSON_LAYERS):
+        "".join(value for value in layer if isinstance(value, str)).encode()
+        lists = [value for value in layer if isinstance(value, list)]
+        objects = [value.values() for value in layer if isinstance(value, dict)]
+        layer = [inner for values in (*lists, *objects) for inner in values]
+        if not layer:
+            return
+    raise ValueError(f"nested more than {_MOST_JSON_LAYERS} deep")
 
 
 def file_sha256(path: Path) -> str:
@@ -261,12 +286,15 @@ def _find_shards(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
 
 def _read_weight_map(index: Path) -> dict[str, str]:
     weight_map = read_json_object(index).get("weight_map")
+    suffix = Path(index.name.removesuffix(".index.json")).suffix
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index}: has no weight_map")
     for tensor, name in weight_map.items():
         plain = isinstance(name, str) and name == Path(name).name and name not in ("", ".", "..")
         if not plain or "\\" in name or "\0" in name:
             raise UserError(f"{index}: {tensor}: {name!r} is not the name of a file beside it")
+        if not name.endswith(suffix):
+            raise UserError(f"{index}: {tensor}: {name!r} is not the name of a {suffix} file")
     return weight_map
 
 

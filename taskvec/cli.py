@@ -19,6 +19,7 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
+from unicodedata import category
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +30,8 @@ EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 130, 141  # 128 + SIGINT, 128 + SIGPIPE, as
 
 DEFAULT_BASE = "bigcode/starcoder2-3b"
 DEFAULT_LORA = "checkpoint-40000/"
+
+_LONGEST_MESSAGE = 1000  # characters of an error: a name in a file may have millions
 
 _quiet = False
 
@@ -136,16 +139,18 @@ def run(
     argv: list[str] | None = None,
 ) -> int:
     """Parse and do the work; a user's mistake or a failing disk is one line and status 2."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a terminal without emoji shows '?', not a traceback
-            stream.reconfigure(errors="replace")
     try:
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):  # a terminal without emoji shows '?' instead
+                stream.reconfigure(errors="replace")
         return body(parse_args(parser, argv))
     except UserError as error:
         return _fail(parser, str(error))
     except BrokenPipeError:  # the reader of a pipe (`| head`) has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
+    except MemoryError:
+        return _fail(parser, "not enough memory for these inputs")
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
         return _fail(parser, f"{error.strerror or error}{where}")
@@ -157,18 +162,18 @@ def run(
 def notice(message: str) -> None:
     """A remark for the person watching: to stderr, silenced by ``--quiet``."""
     if not _quiet:
-        print(message, file=sys.stderr, flush=True)
+        print(_printable(message), file=sys.stderr, flush=True)
 
 
 def result(message: str = "") -> None:
     """A result line: to stdout, always."""
-    print(message, flush=True)
+    print(_printable(message), flush=True)
 
 
 def detail(message: str = "") -> None:
     """A line on stdout that ``--quiet`` leaves out."""
     if not _quiet:
-        print(message, flush=True)
+        print(_printable(message), flush=True)
 
 
 def progress(total: int, description: str, unit: str = "B") -> tqdm[Any]:
@@ -226,15 +231,24 @@ def pick_device(name: str) -> torch.device:
 
 
 def _fail(parser: argparse.ArgumentParser, message: str) -> int:
-    one_line = " ".join(message.split())
-    # Names come out of files that anybody may have made: no control codes to the terminal.
-    one_line = "".join(letter if letter.isprintable() else "?" for letter in one_line)
+    one_line = _printable(" ".join(message.split()))
+    if len(one_line) > _LONGEST_MESSAGE:
+        one_line = f"{one_line[: _LONGEST_MESSAGE // 2]} ... {one_line[-_LONGEST_MESSAGE // 2 :]}"
     print(f"{parser.prog}: error: {one_line}", file=sys.stderr, flush=True)
     return EXIT_BAD_INPUT
 
 
+def _printable(text: str) -> str:
+    """Names come out of files that anybody may have made: no control codes to the terminal."""
+    if text.isprintable():
+        return text
+    return "".join("?" if category(x)[0] == "C" and x != "\n" else x for x in text)
+
+
 def _config_as_flags(parser: argparse.ArgumentParser, path: Path) -> list[str]:
     """A YAML mapping as command-line words, so that argparse checks types and choices alike."""
+    from taskvec.configfile import read_flags
+
     flags = {
         option.lstrip("-"): action
         for action in parser._actions
@@ -242,7 +256,7 @@ def _config_as_flags(parser: argparse.ArgumentParser, path: Path) -> list[str]:
         if option.startswith("--") and action.dest not in ("help", "config")
     }
     words: list[str] = []
-    for key, value in _read_yaml_mapping(path).items():
+    for key, value in read_flags(path).items():
         if key not in flags:
             near = difflib.get_close_matches(str(key), flags, n=1, cutoff=0.0)
             raise UserError(f"{path}: unknown key {key!r}; did you mean {near[0]!r}?")
@@ -268,19 +282,3 @@ def _scalar(path: Path, key: str, value: object) -> str:
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise UserError(f"{path}: {key} takes a single value, not {value!r}")
     return str(value)
-
-
-def _read_yaml_mapping(path: Path) -> dict[str, object]:
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"--config {path}: no such file") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{path}: not valid YAML: {error}") from None
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected `flag: value` lines, found {type(content).__name__}")
-    return content

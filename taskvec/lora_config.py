@@ -9,11 +9,13 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from taskvec.checkpoint import named_adapters, read_json_object
 from taskvec.cli import UserError
+from taskvec.patterns import Matcher
 
 CONFIG_FILE = "adapter_config.json"
 
@@ -153,11 +155,17 @@ class LoraConfig:
             raise UserError(f"{self.file}: {key} is {patterns!r}, not a mapping")
         for pattern, value in patterns.items():
             try:
-                if re.match(rf"(.*\.)?({pattern})$", module):
+                if self._matcher.match(rf"(.*\.)?({pattern})$", module):
                     return value
             except re.error as error:
                 raise UserError(f"{self.file}: {key}: {pattern!r}: {error}") from None
+            except UserError as error:
+                raise UserError(f"{self.file}: {key}: {error}") from None
         return default
+
+    @cached_property
+    def _matcher(self) -> Matcher:
+        return Matcher()
 
 
 def load_config(path: Path) -> LoraConfig:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from taskvec.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
-from taskvec.cli import UserError
+from taskvec.cli import UserError, notice
 from taskvec.conversions import stays_in_fp32
 from taskvec.output import write_json
 from taskvec.rounding import FP16, FP32, Format
@@ -229,8 +229,19 @@ def _copy_side_files(base: Checkpoint, directory: Path, format: Format) -> None:
         (directory / "config.json").write_text(text + "\n", encoding="utf-8")
     for pattern in _SIDE_FILES:
         for path in sorted(base.directory.glob(pattern)):
-            if path.is_file():
+            if path.is_file() and not (directory / path.name).exists():  # no shard of that name
+                _notice_link(path)
                 shutil.copyfile(path, directory / path.name)
+
+
+def _notice_link(path: Path) -> None:
+    """A link out of the model brings somebody else's file into the output: let the person know.
+
+    The hub's cache consists of links, from its snapshots to its blobs.
+    """
+    there = path.resolve()
+    if there.parent != path.parent.resolve() and there.parent.name != "blobs":
+        notice(f"{path} is a link: what it leads to, {there}, was copied.")
 
 
 def _set_dtype(config: dict[str, Any], dtype: str) -> None:

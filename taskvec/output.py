@@ -1,12 +1,14 @@
 """Writing so that a file or directory appears under its name only when it is complete and on disk.
 
-Everything is written beside its target under a temporary name, flushed, and renamed. A run that is
-killed leaves at most that temporary directory, and the next run removes it.
+Everything is written beside its target under a temporary name, flushed, and renamed; an earlier
+output changes places with the new one in a single step, where the system has that. A run that is
+killed leaves at most the temporary directory, and the next run removes it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import json
 import os
@@ -19,6 +21,10 @@ from taskvec.cli import UserError
 
 _PARTIAL = ".partial"
 _REPLACED = ".replaced"
+
+# Linux's call that exchanges two names at once.
+_renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 @contextlib.contextmanager
@@ -42,39 +48,64 @@ def output_directory(
     target = target.resolve()
     _check_target(target, is_ours, inputs)
     partial = _beside(target, _PARTIAL)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    lock = _claim(partial)
-    try:
-        yield partial
-        for path in sorted(partial.rglob("*")):
-            _flush(path)
-        _flush(partial)
-        _check_target(target, is_ours, inputs)  # nobody has put other files there meanwhile
-        _take_place(partial, target)
-    except BaseException:
-        _remove(partial)
-        raise
-    finally:
-        os.close(lock)
+    with _new_parents(target), _naming(target):
+        lock = _claim(partial)
+        try:
+            yield partial
+            for path in sorted(partial.rglob("*")):
+                _flush(path)
+            _flush(partial)
+            _check_target(target, is_ours, inputs)  # nobody has put other files there meanwhile
+            _take_place(partial, target)
+        except BaseException:
+            _remove(partial)
+            raise
+        finally:
+            os.close(lock)
 
 
 @contextlib.contextmanager
 def output_file(target: Path) -> Iterator[Path]:
     """A temporary path beside ``target``, which becomes ``target`` when the block ends well."""
-    target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f"{_PARTIAL}.{target.name}")  # keeps the suffix, which tells formats
-    try:
-        yield partial
-        _flush(partial)
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+    with _new_parents(target), _naming(target):
+        try:
+            yield partial
+            _flush(partial)
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON that any parser takes: UTF-8, indented, without NaN or Infinity."""
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
     path.write_text(text + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _new_parents(target: Path) -> Iterator[None]:
+    """Make the directories that ``target`` lies in; those that were made go if the block fails."""
+    made = [parent for parent in target.parents if not parent.exists()]
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for parent in made:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+        raise
+
+
+@contextlib.contextmanager
+def _naming(target: Path) -> Iterator[None]:
+    """Let an error of the disk, which knows a descriptor only, say what was being written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            raise OSError(error.errno, error.strerror, str(target)) from error
+        raise
 
 
 def _check_target(
@@ -92,10 +123,11 @@ def _check_target(
     if not target.is_dir():
         raise UserError(f"{target}: is a file; choose another --output_dir")
     found = sorted(path.name for path in target.iterdir())
+    foreign = [name for name in found if (target / name).is_dir()]  # no output has directories
     if callable(is_ours):
-        foreign = found if found and not is_ours(target) else []
+        foreign += found if found and not is_ours(target) else []
     else:
-        foreign = sorted(set(found) - set(is_ours))
+        foreign += [name for name in found if name not in is_ours]
     if foreign:
         raise UserError(
             f"{target}: holds {foreign[0]}, which is not an output of this script; choose another "
@@ -138,17 +170,27 @@ def _lock(directory: Path) -> int:
 def _take_place(partial: Path, target: Path) -> None:
     """Rename ``partial`` to ``target``; an earlier output gives way only if that succeeds."""
     replaced = _beside(target, _REPLACED)
-    _remove(replaced)
-    if target.exists():
-        target.rename(replaced)
-    try:
+    _remove(replaced)  # what a killed run on a system without an exchange may have left
+    if not target.exists():
         partial.rename(target)
-    except BaseException:
-        if replaced.exists():
+    elif not _exchange(partial, target):
+        target.rename(replaced)
+        try:
+            partial.rename(target)
+        except BaseException:
             replaced.rename(target)
-        raise
+            raise
     _flush(target.parent)
     _remove(replaced)
+    _remove(partial)  # the earlier output, if the two changed places
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two directories change places at once; False where the system cannot."""
+    if _renameat2 is None:
+        return False
+    names = os.fsencode(one), os.fsencode(other)
+    return bool(_renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0)
 
 
 def _beside(target: Path, suffix: str) -> Path:

@@ -9,6 +9,8 @@ import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from taskvec.patterns import Matcher
+
 _FIRST_LAYER = r".*?\.[^.]*\.(?P<index>\d+)\."
 
 
@@ -24,6 +26,7 @@ class TargetRule:
     """
 
     def __init__(self, values: Mapping[str, Any]) -> None:
+        self._matcher = Matcher()
         self._targets = values.get("target_modules")
         self._excluded = values.get("exclude_modules")
         self._layers = _as_list(values.get("layers_to_transform"), int)
@@ -48,10 +51,10 @@ class TargetRule:
 
     def selects(self, module: str) -> bool:
         """True if PEFT would put an adapter on a module of this name."""
-        if _named_by(self._excluded, module):
+        if self._excludes(module):
             return False
         if self.expression is not None:
-            return _fullmatch(self.expression, module)
+            return self._fullmatch(self.expression, module)
         if module in self.names:
             return True
         ends = any(module.endswith(f".{name}") for name in self.names)
@@ -63,12 +66,25 @@ class TargetRule:
         patterns = [rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\." for pattern in self._patterns]
         for pattern in patterns or [_FIRST_LAYER]:
             try:
-                match = re.match(pattern, module)
+                match = self._matcher.match(pattern, module)
             except re.error:
                 match = None
             if match:
                 return int(match["index"]) in self._layers
         return False
+
+    def _excludes(self, module: str) -> bool:
+        if isinstance(self._excluded, str):
+            return self._fullmatch(self._excluded, module)
+        if not isinstance(self._excluded, list):
+            return False
+        return any(module == entry or module.endswith(f".{entry}") for entry in self._excluded)
+
+    def _fullmatch(self, expression: str, module: str) -> bool:
+        try:
+            return self._matcher.match(expression, module, whole=True) is not None
+        except re.error:
+            return False
 
 
 _Entry = TypeVar("_Entry", int, str)
@@ -78,18 +94,3 @@ def _as_list(value: object, kind: type[_Entry]) -> list[_Entry]:
     """One entry or a list of them as a list; what is of another kind is left out."""
     entries = value if isinstance(value, list) else [value]
     return [entry for entry in entries if isinstance(entry, kind)]
-
-
-def _named_by(entries: object, module: str) -> bool:
-    if isinstance(entries, str):
-        return _fullmatch(entries, module)
-    if not isinstance(entries, list):
-        return False
-    return any(module == entry or module.endswith(f".{entry}") for entry in entries)
-
-
-def _fullmatch(expression: str, module: str) -> bool:
-    try:
-        return re.fullmatch(expression, module) is not None
-    except re.error:
-        return False

@@ -261,8 +261,11 @@ def row_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def row_blocks(info: TensorInfo, elements: int) -> Iterator[tuple[int, int]]:
-    """Cut rows into blocks ``(start, stop)`` of at most ``elements`` elements, but of one row."""
-    step = max(1, elements // max(1, info.row_elements))
+    """Cut rows into blocks ``(start, stop)`` of at most ``elements`` elements, but of one row.
+
+    Rows without elements are one block, however many a header says there are.
+    """
+    step = max(1, elements // info.row_elements if info.row_elements else info.rows)
     for start in range(0, info.rows, step):
         yield start, min(start + step, info.rows)
 
@@ -309,7 +312,7 @@ def _read_header(path: Path, fd: int) -> tuple[dict[str, TensorInfo], dict[str, 
 
 def _parse_json(path: Path, raw: bytes) -> dict[str, Any]:
     try:
-        header = json.loads(raw, object_pairs_hook=_no_duplicates)
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=without_duplicates)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: damaged safetensors header: {error}") from None
     if not isinstance(header, dict):
@@ -317,9 +320,14 @@ def _parse_json(path: Path, raw: bytes) -> dict[str, Any]:
     return header
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of a JSON file that means one thing only.
+
+    Raises:
+        ValueError: a name that appears twice, or that UTF-8 cannot hold (half a surrogate pair).
+    """
     result = dict(pairs)
-    "".join(result).encode()  # a name that UTF-8 cannot hold (half a surrogate pair) is damage
+    "".join(result).encode()
     if len(result) != len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from taskvec import output
 from taskvec.cli import UserError
 from taskvec.output import output_directory, output_file, write_json
 from tests.checks import names
@@ -64,6 +65,41 @@ def test_a_new_output_replaces_the_earlier_one_as_a_whole(tmp_path):
     assert names(tmp_path) == ["out"]
     assert names(tmp_path / "out") == ["a.txt"]
     assert (tmp_path / "out" / "a.txt").read_text() == "new"
+
+
+def test_without_an_exchange_of_names_a_new_output_replaces_the_earlier_one_too(
+    tmp_path, monkeypatch
+):
+    write_output(tmp_path / "out", "old", files=["a.txt", "b.txt"])
+    monkeypatch.setattr(output, "_renameat2", None)
+    write_output(tmp_path / "out", "new", files=["a.txt"])
+    assert names(tmp_path) == ["out"]
+    assert names(tmp_path / "out") == ["a.txt"]
+
+
+def test_parents_that_were_made_for_a_failure_are_taken_away_again(tmp_path):
+    (tmp_path / "mine").mkdir()
+    for write in (lambda path: output_directory(path, OURS), output_file):
+        with pytest.raises(RuntimeError):
+            with write(tmp_path / "mine" / "deep" / "er" / "out"):
+                raise RuntimeError
+        assert names(tmp_path / "mine") == []
+
+
+def test_an_error_of_the_disk_names_what_was_being_written(tmp_path):
+    for write in (lambda path: output_directory(path, OURS), output_file):
+        with pytest.raises(OSError) as caught:
+            with write(tmp_path / "out"):
+                raise OSError(errno.ENOSPC, "No space left on device")
+        assert caught.value.filename == str(tmp_path / "out")
+
+
+def test_a_directory_under_the_name_of_an_output_is_not_destroyed(tmp_path):
+    (tmp_path / "out" / "a.txt").mkdir(parents=True)
+    (tmp_path / "out" / "a.txt" / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match=r"holds a\.txt"):
+        write_output(tmp_path / "out")
+    assert (tmp_path / "out" / "a.txt" / "thesis.tex").exists()
 
 
 def test_an_empty_directory_is_taken(tmp_path):
@@ -185,6 +221,7 @@ def test_a_rename_that_fails_brings_the_earlier_output_back(tmp_path, monkeypatc
             raise OSError(errno.EIO, "Input/output error", str(self))
         return rename(self, target)
 
+    monkeypatch.setattr(output, "_renameat2", None)  # a system without the exchange
     monkeypatch.setattr(Path, "rename", fail_at_the_last_step)
     with pytest.raises(OSError, match="Input/output error"):
         write_output(tmp_path / "out", "new")
