@@ -40,16 +40,16 @@ class LoraSettings:
     Attributes:
         r: rank: rows of A, columns of B.
         alpha: B A is scaled by alpha / r.
-        dropout: on the adapter's input, while training. Embeddings have none, as in PEFT.
         target_modules: full names of modules, or what their names end with after a dot.
+        dropout: on the adapter's input, while training. Embeddings have none, as in PEFT.
         rslora: scale by alpha / sqrt(r) instead.
         rank_pattern, alpha_pattern: r and alpha of some modules, by PEFT's patterns.
     """
 
-    r: int = 8
-    alpha: float = 8
+    r: int
+    alpha: float
+    target_modules: tuple[str, ...]
     dropout: float = 0.0
-    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     rslora: bool = False
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)

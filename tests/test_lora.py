@@ -104,7 +104,7 @@ def test_loss_curve_is_peft_s_over_100_steps(
     base = tiny.base(family)
     mine = train(injected(base, settings(family, **fields), seed=2), 100)
     theirs = train(peft_model(base, family, seed=2, **peft_fields), 100)
-    assert mine[-1] < mine[0] - 0.5
+    assert mine[-1] < mine[0] - 0.1
     assert mine == pytest.approx(theirs, abs=1e-5)
 
 
