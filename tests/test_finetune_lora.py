@@ -11,7 +11,6 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -21,6 +20,7 @@ from transformers import (
 
 import finetune_lora
 from taskvec.training.texts import read_texts, split_held_out
+from tests.models import save_byte_tokenizer
 
 TEXT = "The quick brown fox jumps over the lazy dog; " * 60
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -32,15 +32,10 @@ Capture = pytest.CaptureFixture[str]
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a random Llama and a tokenizer of bytes."""
     folder = tmp_path_factory.mktemp("base")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {"<end>": 0} | {byte: i for i, byte in enumerate(alphabet, start=1)}
-    bytes_only = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bytes_only.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=bytes_only, eos_token="<end>").save_pretrained(folder)
+    tokens = save_byte_tokenizer(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(vocabulary),
+        vocab_size=tokens,
         hidden_size=HIDDEN,
         intermediate_size=64,
         num_hidden_layers=LAYERS,

@@ -46,16 +46,16 @@ class Method:
 
         Args:
             model: the base; where every weight is trained, as the checkpoint holds it.
-            seed: A is drawn from it, in the same order by both backends.
+                seed: A is drawn from it, in the same order by both backends, and then dropout.
             checkpoint: a directory of `save` whose adapter goes on being trained.
 
         Raises:
             UserError: a target module that the base has not got.
         """
+        torch.manual_seed(seed)
         if self.lora is None:
             return model.requires_grad_(True)
         matching_modules(model, self.lora.target_modules)  # PEFT would pass over a typo
-        torch.manual_seed(seed)
         if self.backend == "peft":
             return self._peft(model, self.lora, checkpoint)
         if checkpoint is None:
