@@ -102,6 +102,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="only the newest ones (default: all)",
     )
 
+    output.add_argument(
+        "--count_only",
+        action="store_true",
+        help="say what training would take, from the base's config.json alone, and stop",
+    )
+
     adapter = parser.add_argument_group("adapter")
     add(adapter, "--method", METHODS[0], "train an adapter or every weight", choices=METHODS)
     add(adapter, "--backend", lora.backend, "whose LoRA: the project's or PEFT's", choices=BACKENDS)
@@ -260,11 +266,29 @@ def finetune_lora(
     return result
 
 
+def count(base_model: str, revision: str | None, lora: LoraOptions | None) -> Footprint:
+    """What training would take: the model's shapes come from its configuration, without weights.
+
+    Raises:
+        cli.UserError: no such configuration, a target module that the base has not got.
+    """
+    from taskvec.training.footprint import footprint
+    from taskvec.training.models import empty_model
+
+    model = empty_model(base_model, revision)
+    method = _method(model, base_model, revision, False, lora)
+    return footprint(method.prepare(model, 0, None), full=lora is None)
+
+
 def main(argv: list[str] | None = None) -> int:
     return cli.run(build_parser(), _finetune, argv)
 
 
 def _finetune(args: argparse.Namespace) -> int:
+    if args.count_only:
+        for line in describe(count(args.base_model, args.revision, _lora_options(args))):
+            cli.result(line)
+        return cli.EXIT_OK
     if not args.text:
         raise cli.UserError("--text: name a text file, or a folder of them")
     device = cli.pick_device(args.device)
@@ -345,9 +369,16 @@ def _method(
     return Method(settings, lora.backend, base_model, revision, masked)
 
 
-def describe(footprint: Footprint, optimizer_bytes: int) -> list[str]:
-    """What is trained, and what that takes beside full fine-tuning, in lines to print."""
+def describe(footprint: Footprint, measured: int | None = None) -> list[str]:
+    """What is trained, and what that takes beside full fine-tuning, in lines to print.
+
+    Args:
+        measured: bytes of the optimiser's moments, where there is one.
+    """
     full = footprint.full
+    moments = f"{size(footprint.optimizer_bytes)} (AdamW)"
+    if measured is not None:
+        moments = f"{size(measured)} (AdamW, measured)"
     fewer = optimizer_less = less = ""
     if footprint != full:
         fewer = f", {full.trainable / footprint.trainable:,.1f} times fewer than full fine-tuning"
@@ -356,7 +387,7 @@ def describe(footprint: Footprint, optimizer_bytes: int) -> list[str]:
     return [
         f"Trainable parameters: {footprint.trainable:,} of {footprint.total:,} "
         f"({percent(footprint.share)}){fewer}",
-        f"Optimiser memory: {size(optimizer_bytes)} (AdamW, measured){optimizer_less}",
+        f"Optimiser memory: {moments}{optimizer_less}",
         f"Training memory: {size(footprint.training_bytes)} (weights, gradients, AdamW; without "
         f"activations){less}",
     ]

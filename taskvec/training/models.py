@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -42,15 +42,38 @@ def is_masked(directory: Path) -> bool:
     Raises:
         UserError: an encoder-decoder, or a configuration that transformers does not know.
     """
-    from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoConfig
+    return _is_masked(_read_config(str(directory), None), str(directory))
+
+
+def empty_model(source: str, revision: str | None) -> PreTrainedModel:
+    """A model's modules and shapes, on the meta device: only its config.json is read.
+
+    Raises:
+        UserError: as `is_masked`.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+    config = _read_config(source, revision)
+    auto = AutoModelForMaskedLM if _is_masked(config, source) else AutoModelForCausalLM
+    with torch.device("meta"):
+        return auto.from_config(config)
+
+
+def _read_config(source: str, revision: str | None) -> Any:
+    from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(directory)
+        return AutoConfig.from_pretrained(source, revision=revision)
     except (ValueError, OSError) as error:
-        raise UserError(f"{directory}: not a model that transformers knows: {error}") from None
+        raise UserError(f"{source}: not a model that transformers knows: {error}") from None
+
+
+def _is_masked(config: Any, source: str) -> bool:
+    from transformers import MODEL_FOR_MASKED_LM_MAPPING
+
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(
-            f"{directory}: {config.model_type} is an encoder-decoder; a causal or masked language "
+            f"{source}: {config.model_type} is an encoder-decoder; a causal or masked language "
             "model is needed"
         )
     is_decoder = getattr(config, "is_decoder", False)
