@@ -32,7 +32,7 @@ import finetune_lora
 import merge_lora
 from taskvec.training.loop import Run, train
 from taskvec.training.options import TrainingOptions
-from tests.checks import assert_same_bits, edit_json, names, weights
+from tests.checks import assert_same_bits, edit_json, edit_tensors, names, weights
 from tests.models import save_byte_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -349,7 +349,7 @@ def test_a_checkpoint_is_an_adapter_of_its_own(bases: Any, text: Path, tmp_path:
 
 
 def test_other_settings_do_not_go_on_with_a_checkpoint(
-    bases: Any, text: Path, tmp_path: Path, capsys: Capture
+    bases: Any, text: Path, tmp_path: Path, capsys: Capture, copied: Any
 ) -> None:
     folder = tmp_path / "a"
     argv = flags(bases("llama"), text, folder, "--save_every", "6")
@@ -361,6 +361,10 @@ def test_other_settings_do_not_go_on_with_a_checkpoint(
     assert finetune_lora.main([*argv, "--learning_rate", "0.5"]) == 2
     err = capsys.readouterr().err
     assert "checkpoint-12" in err and "training.learning_rate: 0.01, not 0.5" in err
+    other = copied(bases("llama"))  # of the same shapes
+    edit_tensors(other / "model.safetensors", lambda tensors: tensors["lm_head.weight"].neg_())
+    assert finetune_lora.main([*argv, "--base_model", str(other)]) == 2
+    assert "other settings (base: " in capsys.readouterr().err
     edit_json(folder / "checkpoint-12/training_state.json", optimizer_groups=[])
     assert finetune_lora.main(argv) == 2
     assert "checkpoint-12: its training state is damaged" in capsys.readouterr().err
@@ -397,6 +401,18 @@ def test_a_run_that_is_done_trains_no_further(bases: Any, text: Path) -> None:
     train(run, tokens, tokens)
     assert_same_bits(after, dict(run.model.named_parameters()))
     assert run.history.held_out_steps == [0, 1]
+
+
+def test_what_training_takes_is_counted_from_a_configuration(capsys: Capture) -> None:
+    """GPT-3 with LoRA on queries, keys and values: arXiv 2106.09685, table 4, has 4.7 M for r = 1
+    on two of them; c_attn is one module for all three, of as many factors as two of its own."""
+    shapes = ["--base_model", str(ROOT / "examples/gpt3-175b-shapes"), "--count_only"]
+    assert finetune_lora.main([*shapes, "--rank", "1", "--alpha", "1"]) == 0
+    out = capsys.readouterr().out
+    assert f"{96 * (12288 + 3 * 12288):,} of 174,608,977,920" in out
+    assert "37,003.5 times fewer" in out
+    assert finetune_lora.main([*shapes, "--target_modules", "q_proj"]) == 2
+    assert "its linear modules are c_attn, c_fc, c_proj, lm_head" in capsys.readouterr().err
 
 
 # ---- what is refused --------------------------------------------------------------------------

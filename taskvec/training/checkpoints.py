@@ -35,7 +35,7 @@ def settings_of(base: str, text: str, lora: Any, training: TrainingOptions) -> d
     """All that the outcome of a run depends on, as JSON gives it back.
 
     Args:
-        base, text: hashes of the base's headers and of the tokens.
+        base, text: hashes of the base's weights and of the tokens.
         lora: a dataclass, or None.
     """
     settings = {

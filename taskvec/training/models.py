@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from taskvec.checkpoint import open_checkpoint
+from taskvec.checkpoint import file_sha256, open_checkpoint
 from taskvec.cli import UserError
 from taskvec.lora import linear_module_names, own_modules
 from taskvec.training.options import TrainingOptions
@@ -22,7 +22,7 @@ _ATTENTION = (("q_proj", "k_proj", "v_proj", "o_proj"), ("query", "key", "value"
 
 
 def locate_base(base_model: str, revision: str | None) -> tuple[Path, str]:
-    """The directory of a base model that is named by directory or hub id, and its identity.
+    """The directory of a base model that is named by directory or hub id, and its weights' hash.
 
     Raises:
         UserError: nothing there, damaged weights, or weights without configuration.
@@ -32,8 +32,7 @@ def locate_base(base_model: str, revision: str | None) -> tuple[Path, str]:
             raise UserError(f"--base_model {base_model}: has no config.json beside it")
         if not base.config():
             raise UserError(f"--base_model {base_model}: has no config.json")
-        files = base.identity()["files"]
-        return base.directory, " ".join(files[name]["header_sha256"] for name in sorted(files))
+        return base.directory, " ".join(file_sha256(shard) for shard in base.shards)
 
 
 def is_masked(directory: Path) -> bool:
