@@ -17,20 +17,24 @@ same command goes on from the newest checkpoint.
 from __future__ import annotations
 
 import argparse
-import platform
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from taskvec import cli
 from taskvec.flag_values import at_least, below_one, not_negative, positive
 from taskvec.output import output_directory, write_json
-from taskvec.training.options import BACKENDS, METHODS, PRECISIONS, SCHEDULES, TrainingOptions
-from taskvec.wording import percent, size
+from taskvec.training.options import (
+    BACKENDS,
+    METHODS,
+    PRECISIONS,
+    SCHEDULES,
+    TrainingOptions,
+    versions,
+)
 
 if TYPE_CHECKING:  # torch is loaded only when there is work to do: --help stays fast
     import torch
@@ -244,24 +248,8 @@ def finetune_lora(
         result = FinetuneResult(
             counted, history, measured_optimizer_bytes(run.optimizer), run.reached
         )
-        log = {
-            "base_model": base_model,
-            "method": method.name,
-            "loss": {"before": history.loss_before, "after": history.loss_after},
-            "parameters": {
-                "trainable": counted.trainable,
-                "total": counted.total,
-                "trainable_share": counted.share,
-            },
-            "memory": _memory(counted, result.optimizer_bytes, run.model.device),
-            "text": corpus.counts(),
-            "lora": asdict(lora) if lora else None,
-            "training": asdict(training),
-            "seconds": round(time.monotonic() - started, 1),  # since the last interruption
-            "versions": versions("torch", "transformers", "peft"),
-            "history": asdict(history),
-        }
-        _finish(folder, log)
+        log = _log(base_model, lora, run, counted) | {"text": corpus.counts()}
+        _finish(folder, log | {"seconds": round(time.monotonic() - started, 1)})
         checkpoints.carry_over(output_dir, folder, settings)
     return result
 
@@ -285,6 +273,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _finetune(args: argparse.Namespace) -> int:
+    from taskvec.training.footprint import describe
+
     if args.count_only:
         for line in describe(count(args.base_model, args.revision, _lora_options(args))):
             cli.result(line)
@@ -369,46 +359,25 @@ def _method(
     return Method(settings, lora.backend, base_model, revision, masked)
 
 
-def describe(footprint: Footprint, measured: int | None = None) -> list[str]:
-    """What is trained, and what that takes beside full fine-tuning, in lines to print.
+def _log(base_model: str, lora: LoraOptions | None, run: Run, counted: Footprint) -> dict[str, Any]:
+    """What `training_log.json` says of a run that is done."""
+    from taskvec.training.footprint import memory
 
-    Args:
-        measured: bytes of the optimiser's moments, where there is one.
-    """
-    full = footprint.full
-    moments = f"{size(footprint.optimizer_bytes)} (AdamW)"
-    if measured is not None:
-        moments = f"{size(measured)} (AdamW, measured)"
-    fewer = optimizer_less = less = ""
-    if footprint != full:
-        fewer = f", {full.trainable / footprint.trainable:,.1f} times fewer than full fine-tuning"
-        optimizer_less = _less(footprint.optimizer_bytes, full.optimizer_bytes)
-        less = _less(footprint.training_bytes, full.training_bytes)
-    return [
-        f"Trainable parameters: {footprint.trainable:,} of {footprint.total:,} "
-        f"({percent(footprint.share)}){fewer}",
-        f"Optimiser memory: {moments}{optimizer_less}",
-        f"Training memory: {size(footprint.training_bytes)} (weights, gradients, AdamW; without "
-        f"activations){less}",
-    ]
-
-
-def _less(mine: int, full: int) -> str:
-    return f", {full / mine:,.1f} times less than full fine-tuning's {size(full)}"
-
-
-def _memory(footprint: Footprint, optimizer_bytes: int, device: torch.device) -> dict[str, Any]:
-    """Bytes, as `training_log.json` has them; activations count only in the peak on a GPU."""
-    import torch
-
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    history = run.history
     return {
-        "optimizer_measured": optimizer_bytes,
-        "optimizer": footprint.optimizer_bytes,
-        "optimizer_full": footprint.full.optimizer_bytes,
-        "training": footprint.training_bytes,
-        "training_full": footprint.full.training_bytes,
-        "peak_on_gpu": peak,
+        "base_model": base_model,
+        "method": "lora" if lora else "full",
+        "loss": {"before": history.loss_before, "after": history.loss_after},
+        "parameters": {
+            "trainable": counted.trainable,
+            "total": counted.total,
+            "trainable_share": counted.share,
+        },
+        "memory": memory(counted, run.optimizer, run.model.device),
+        "lora": asdict(lora) if lora else None,
+        "training": asdict(run.options),
+        "versions": versions("torch", "transformers", "peft"),
+        "history": asdict(history),
     }
 
 
@@ -431,14 +400,6 @@ def is_earlier_output(folder: Path) -> bool:
         return not found
     files = read_json_object(folder / LOG_FILE).get("files")
     return isinstance(files, list) and found <= set(files)
-
-
-def versions(*packages: str) -> dict[str, str | int]:
-    """What the numbers of a run may depend on."""
-    import torch
-
-    numbers = {package: version(package).split("+")[0] for package in packages}
-    return {"python": platform.python_version(), **numbers, "threads": torch.get_num_threads()}
 
 
 if __name__ == "__main__":

@@ -23,11 +23,10 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's own modules
 
-from finetune_lora import versions
 from taskvec import cli
 from taskvec.flag_values import at_least
 from taskvec.output import output_directory, write_json
-from taskvec.training.options import TrainingOptions
+from taskvec.training.options import TrainingOptions, versions
 
 if TYPE_CHECKING:
     import torch

@@ -243,13 +243,13 @@ def test_several_adapters_are_switched_merged_and_unmerged(llama: Path, tmp_path
     inject(model, settings(r=2, alpha=3, target_modules=("v_proj", "up_proj")), "two")
     randomise(model, "one", seed=3)
     randomise(model, "two", seed=4)
-    expected = {None: logits(load(llama))}
+    expected: dict[str | None, torch.Tensor] = {None: logits(load(llama))}
     for name in ("one", "two"):
         save_adapter(model, tmp_path / name, name, task_type="CAUSAL_LM")
         expected[name] = logits(PeftModel.from_pretrained(load(llama), tmp_path / name))
-    for name in ("two", None, "one", "two"):
-        lora.set_active(model, name)
-        assert torch.equal(logits(model), expected[name])
+    for active in ("two", None, "one", "two"):
+        lora.set_active(model, active)
+        assert torch.equal(logits(model), expected[active])
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
     assert trainable and all(".two." in n for n in trainable)
 

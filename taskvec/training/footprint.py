@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from taskvec.wording import percent, size
+
 _FP32 = 4
 _MOMENTS = 2  # AdamW keeps a running mean of each gradient and of its square
 
@@ -63,3 +65,46 @@ def measured_optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
         for tensor in state.values()
         if isinstance(tensor, torch.Tensor) and tensor.ndim
     )
+
+
+def memory(
+    footprint: Footprint, optimizer: torch.optim.Optimizer, device: torch.device
+) -> dict[str, Any]:
+    """Bytes, as `training_log.json` has them; activations count only in the peak on a GPU."""
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    return {
+        "optimizer_measured": measured_optimizer_bytes(optimizer),
+        "optimizer": footprint.optimizer_bytes,
+        "optimizer_full": footprint.full.optimizer_bytes,
+        "training": footprint.training_bytes,
+        "training_full": footprint.full.training_bytes,
+        "peak_on_gpu": peak,
+    }
+
+
+def describe(footprint: Footprint, measured: int | None = None) -> list[str]:
+    """What is trained, and what that takes beside full fine-tuning, in lines to print.
+
+    Args:
+        measured: bytes of the optimiser's moments, where there is one.
+    """
+    full = footprint.full
+    moments = f"{size(footprint.optimizer_bytes)} (AdamW)"
+    if measured is not None:
+        moments = f"{size(measured)} (AdamW, measured)"
+    fewer = optimizer_less = less = ""
+    if footprint != full:
+        fewer = f", {full.trainable / footprint.trainable:,.1f} times fewer than full fine-tuning"
+        optimizer_less = _less(footprint.optimizer_bytes, full.optimizer_bytes)
+        less = _less(footprint.training_bytes, full.training_bytes)
+    return [
+        f"Trainable parameters: {footprint.trainable:,} of {footprint.total:,} "
+        f"({percent(footprint.share)}){fewer}",
+        f"Optimiser memory: {moments}{optimizer_less}",
+        f"Training memory: {size(footprint.training_bytes)} (weights, gradients, AdamW; without "
+        f"activations){less}",
+    ]
+
+
+def _less(mine: int, full: int) -> str:
+    return f", {full / mine:,.1f} times less than full fine-tuning's {size(full)}"

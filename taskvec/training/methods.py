@@ -34,10 +34,6 @@ class Method:
     masked: bool
 
     @property
-    def name(self) -> str:
-        return "full" if self.lora is None else "lora"
-
-    @property
     def task_type(self) -> str | None:
         return None if self.masked else "CAUSAL_LM"  # PEFT has no word for masked ones
 

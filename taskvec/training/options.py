@@ -1,8 +1,10 @@
-"""How a model is trained. Needs no torch, so that --help stays fast."""
+"""How a model is trained, and by what software. Needs no torch, so that --help stays fast."""
 
 from __future__ import annotations
 
+import platform
 from dataclasses import dataclass
+from importlib.metadata import version
 
 SCHEDULES = ("cosine", "linear", "constant_with_warmup")
 PRECISIONS = ("no", "bf16", "fp16")
@@ -36,3 +38,11 @@ class TrainingOptions:
     eval_every: int | None = None
     until_loss: float | None = None
     mixed_precision: str = "no"
+
+
+def versions(*packages: str) -> dict[str, str | int]:
+    """What the numbers of a run may depend on."""
+    import torch
+
+    numbers = {package: version(package).split("+")[0] for package in packages}
+    return {"python": platform.python_version(), **numbers, "threads": torch.get_num_threads()}
