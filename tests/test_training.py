@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -253,6 +255,32 @@ def test_mixed_precision_on_a_cpu_is_said_not_to_apply(
     assert log_of(tmp_path / "a")["training"]["mixed_precision"] == "no"
 
 
+def test_mixed_precision_computes_in_bf16_and_trains_in_fp32(bases: Any) -> None:
+    """autocast works on a CPU too, where the script does not use it."""
+    tokens = torch.arange(400) % 90
+    losses = {}
+    for precision in ("no", "bf16"):
+        options = TrainingOptions(20, 2, 16, learning_rate=0.01, mixed_precision=precision)
+        run = Run(AutoModelForCausalLM.from_pretrained(bases("llama")), options)
+        losses[precision] = train(run, tokens, tokens[:64]).training_loss
+        assert {p.dtype for p in run.model.parameters()} == {torch.float32}
+    assert losses["bf16"] == pytest.approx(losses["no"], abs=0.05)
+    assert losses["bf16"] != losses["no"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_training_on_a_gpu(bases: Any, text: Path, tmp_path: Path, precision: str) -> None:
+    argv = flags(bases("llama"), text, tmp_path / "a", "--steps", "30", "--learning_rate", "0.05")
+    argv += ["--device", "cuda:0", "--mixed_precision", precision]
+    assert finetune_lora.main(argv) == 0
+    log = log_of(tmp_path / "a")
+    assert log["loss"]["after"] < log["loss"]["before"] - 0.1
+    assert log["memory"]["peak_on_gpu"] > log["memory"]["training"]
+    assert {tensor.dtype for tensor in weights(tmp_path / "a").values()} == {torch.float32}
+
+
 def test_the_figures_that_are_printed(
     bases: Any, text: Path, tmp_path: Path, capsys: Capture
 ) -> None:
@@ -403,15 +431,37 @@ def test_a_run_that_is_done_trains_no_further(bases: Any, text: Path) -> None:
     assert run.history.held_out_steps == [0, 1]
 
 
-def test_what_training_takes_is_counted_from_a_configuration(capsys: Capture) -> None:
-    """GPT-3 with LoRA on queries, keys and values: arXiv 2106.09685, table 4, has 4.7 M for r = 1
-    on two of them; c_attn is one module for all three, of as many factors as two of its own."""
-    shapes = ["--base_model", str(ROOT / "examples/gpt3-175b-shapes"), "--count_only"]
-    assert finetune_lora.main([*shapes, "--rank", "1", "--alpha", "1"]) == 0
-    out = capsys.readouterr().out
-    assert f"{96 * (12288 + 3 * 12288):,} of 174,608,977,920" in out
-    assert "37,003.5 times fewer" in out
-    assert finetune_lora.main([*shapes, "--target_modules", "q_proj"]) == 2
+def test_lora_md_states_what_is_counted(tmp_path: Path, monkeypatch: Any, capsys: Capture) -> None:
+    """And the counts are those of the paper (arXiv 2106.09685: 18 M for r = 4, 4.7 M for r = 1,
+    whose factors on queries and values are as many as those of c_attn) and of StarCoder2-3B."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    make = importlib.import_module("make_starcoder2_3b_shapes")
+    starcoder2, gpt3 = str(tmp_path / "shapes"), str(ROOT / "examples/gpt3-175b-shapes")
+    make.write_shapes(starcoder2)
+    adapter = {
+        (gpt3, "4", None): 96 * 4 * (12288 + 3 * 12288),
+        (starcoder2, "8", None): 4_546_560,
+        (starcoder2, "8", "all-linear"): 4_546_560 + 30 * 2 * 8 * (3072 + 12288),
+        (str(ROOT / "examples/starcoder2-mini"), "8", None): 107_520,
+    }
+    rows = [row for row in (ROOT / "LORA.md").read_text().splitlines() if " of " in row]
+    rows = [row for row in rows if row.startswith("|")]
+    for ((base, rank, targets), trainable), row in zip(adapter.items(), rows, strict=True):
+        more = ["--target_modules", targets] if targets else []
+        assert (
+            finetune_lora.main(["--count_only", "--base_model", base, "--rank", rank, *more]) == 0
+        )
+        parameters, optimizer, memory = capsys.readouterr().out.splitlines()
+        assert f" {trainable:,} of " in parameters
+        for printed in (parameters, optimizer, memory):
+            quantity = re.search(r": ([\d,]+ of [\d,]+|[\d.]+ .B)", printed)
+            ratio = re.search(r"([\d,.]+) times", printed)
+            assert quantity and quantity[1] in row
+            assert ratio and ratio[1] in row
+    assert finetune_lora.main(["--count_only", "--base_model", gpt3, "--rank", "1"]) == 0
+    assert "4,718,592 of 174,608,977,920" in capsys.readouterr().out
+    argv = ["--count_only", "--base_model", gpt3, "--target_modules", "q_proj"]
+    assert finetune_lora.main(argv) == 2
     assert "its linear modules are c_attn, c_fc, c_proj, lm_head" in capsys.readouterr().err
 
 
