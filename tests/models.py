@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,6 +26,7 @@ from transformers import (
     OPTConfig,
     PhiConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     RobertaConfig,
     Starcoder2Config,
@@ -170,3 +172,26 @@ def peft_merge(
     """PEFT's own merge, the reference."""
     model = PeftModel.from_pretrained(load(base, dtype), adapter, **options)
     return model.merge_and_unload(safe_merge=safe_merge)
+
+
+def save_byte_tokenizer(directory: Path, *, masked: bool = False) -> int:
+    """Save a tokenizer whose tokens are bytes; returns how many there are.
+
+    Args:
+        masked: with [CLS], [SEP] and [MASK], as BERT has them; otherwise with an end of text.
+    """
+    special = ["<pad>", "<cls>", "<sep>", "<mask>"] if masked else ["<end>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*special, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if masked:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<cls> $A <sep>", special_tokens=[("<cls>", 1), ("<sep>", 2)]
+        )
+    names = ("pad_token", "cls_token", "sep_token", "mask_token") if masked else ("eos_token",)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, **dict(zip(names, special, strict=True))
+    ).save_pretrained(directory)
+    return len(vocabulary)
