@@ -2,10 +2,11 @@
 
 Ilharco et al., arXiv 2212.04089, section 2. With lambda = 1 this undoes T = fl32(M - W), unless
 fp32 had no room for M - W. Let h(x) be half the spacing of a format's numbers at x. M and W are
-both multiples of the smaller of their spacings, so T is exact wherever h(T) is no larger than that;
-and an error of T, which is at most h(T), is lost again in rounding W + T wherever h(T) is smaller
-than M's own h. What is left is counted: it happens where |T| is much larger than |M|, so that most
-of M's digits lie below the last one of T.
+both multiples of the smaller of their spacings, so T is exact wherever h(T) is no larger than half
+of that. Otherwise W + T is off M by at most h(T), which does no harm where M is the only number of
+its format within that distance, nor where it is lost in rounding. What is left are elements with
+|T| larger than |M|, some of whose digits lie below the last one of T; without M nobody can tell
+whether they were zero.
 """
 
 from __future__ import annotations
@@ -164,9 +165,13 @@ def may_differ(
         bool, of their shape.
     """
     W, T = base.double(), task_vector.double()
-    own = half_ulp(T, FP32)
-    least = ((W + T).abs() - own).clamp(min=0)  # |M| is no less
-    may = own >= half_ulp(least, result)
+    total, own = W + T, half_ulp(T, FP32)
+    least = (total.abs() - own).clamp(min=0)  # |M| is no less
+    spacing = half_ulp(least, merged) * 2
+    even = (task_vector.view(torch.int32) & 1) == 0  # an error of just h(T) leaves T even
+    only = (own < spacing) | ((own == spacing) & ~even)
+    is_number = merged.round(total) == total
+    may = ~torch.where(is_number, only, own < half_ulp(least, result))
     if stored is None:
         return may & (T != 0)
     exact = own <= torch.minimum(half_ulp(least, merged), half_ulp(W, stored))

@@ -89,28 +89,33 @@ def round_trip_lines(round_trip: Document) -> list[str]:
     """What of the merged model scale 1 brings back, and why the rest cannot come."""
     elements, may = round_trip["elements"], round_trip["may_differ"]
     differing, unexplained = round_trip["differing"], round_trip["unexplained"]
-    lines = []
-    if differing is not None:
+    if differing is None:
+        if not may:
+            return [
+                "At scale 1 every element of the fine-tuned model comes back exactly: the task "
+                "vector had room for the difference."
+            ]
+        return [
+            f"At scale 1, {elements - may:,} of {elements:,} elements are certain to come back "
+            f"exactly. The other {may:,} are so much smaller than their change that the task "
+            "vector may have had no room for their last digits; --finetuned_model counts those "
+            "that differ."
+        ]
+    if not differing:
+        return [
+            f"Scale 1 gives the fine-tuned model back, bit for bit: {elements:,} elements of the "
+            "tensors that change, and all others."
+        ]
+    lines = [f"Scale 1 gives {elements - differing:,} of {elements:,} elements back; the rest:"]
+    if explained := differing - unexplained:
         lines.append(
-            f"Scale 1 gives the fine-tuned model back in {elements - differing:,} of {elements:,} "
-            "elements that a task vector changes"
-            + (", bit for bit." if not differing else f"; {differing:,} differ.")
-        )
-    if may:
-        lines.append(
-            f"{may:,} of {elements:,} elements need not come back exactly at scale 1: M - W was "
-            "rounded there when the task vector was formed, by more than M's last digit (M is much "
-            "smaller than the change)."
-        )
-    elif differing is None:
-        lines.append(
-            "At scale 1 every element of the fine-tuned model comes back exactly: the task vector "
-            "had room for M - W."
+            f"{explained:,} differ because the task vector was rounded: they are so much smaller "
+            "than their change that fp32 had no room for their last digits."
         )
     if unexplained:
         lines.append(
-            f"⚠️ {unexplained:,} of those that differ had room: this task vector is not of this "
-            "model and base."
+            f"⚠️ {unexplained:,} differ although there was room: this task vector is not the "
+            "difference of these two models."
         )
     return lines
 
@@ -128,18 +133,18 @@ def lora_lines(content: Document) -> list[str]:
         f"{summary['largest_relative_error']:.3g} at most.",
     ]
     told = (
-        (BIAS, "biases with their new values"),
-        (SAVED, "norms and the like with their new values (modules_to_save)"),
-        (UNCHANGED, "unchanged"),
-        (ARTIFACT, "left out: nothing but the base's own rounding, bit for bit"),
-        (BELOW_FLOOR, "left out: nothing stands above the rounding noise"),
-        (LEFT_OUT, "⚠️ left out"),
+        (BIAS, "{} biases with their new values."),
+        (SAVED, "{} norms and the like with their new values (modules_to_save)."),
+        (UNCHANGED, "{} unchanged."),
+        (ARTIFACT, "{} left out: nothing but the base's own rounding, bit for bit."),
+        (BELOW_FLOOR, "{} left out: nothing stands above the rounding noise."),
+        (LEFT_OUT, "⚠️ {} left out:"),
     )
     for treatment, words in told:
         if counts.get(treatment):
-            lines.append(f"{counts[treatment]} {words}.")
+            lines.append(words.format(counts[treatment]))
     for reason, names in _reasons(entries):
-        lines.append(f"⚠️ {', '.join(names)}: {reason}.")
+        lines.append(f"   {', '.join(names)}: {reason}.")
     if summary["lost_share"]:
         lines.append(f"What was left out holds {percent(summary['lost_share'])} of ‖T‖².")
     return lines
