@@ -35,7 +35,8 @@ from taskvec.figures.style import (
 
 _COSINES = LinearSegmentedColormap.from_list("cosines", [RED, "#FFFFFF", PURPLE])
 _MOST_PAIRS = 15  # that are drawn by layer: those that agree or disagree most
-_CELL, _ROW = 0.62, 0.3  # inches
+_CELL, _WIDEST, _ROW = 0.62, 5.2, 0.3  # inches
+_NUMBERED = 0.42  # a cell of at least this size has room for its number
 # Alternating with the markers below, so that eight lines are told apart without their colours.
 _COLOURS = (PURPLE, RED, BLUE, MUTED)
 _MARKERS = ("o", "^", "s", "D", "v", "P", "X", "*")
@@ -50,29 +51,30 @@ def cosines(document: Document, path: Path) -> Figure:
     names = [elided(entry["name"], 24) for entry in document["task_vectors"]]
     pairs = _telling_pairs(document)
     layers = list(document["cosines"]["by_layer"])
-    size = max(_CELL * len(names), 1.4)
-    rows = max(_ROW * len(pairs), 0.3)
-    page = Page(_cosines_finding(document), size + rows + 2.55)
+    cell = min(_CELL, _WIDEST / len(names))
+    size, rows = cell * len(names), _ROW * len(pairs)
+    page = Page(_cosines_finding(document), size + rows + 1.6)
     left = MARGIN + 0.15 + max(text_width(name, SMALL) for name in names)
-    top = page.height - size - 0.35
-    matrix = page.axes(left, top, size, size)
-    _draw_matrix(matrix, document["cosines"]["overall"], names)
-    bar = page.axes(max(left + size + 1.0, WIDTH - 3.6), page.height - 0.75, 2.8, 0.16)
+    matrix = page.axes(left, page.height - size - 0.35, size, size)
+    _draw_matrix(matrix, document["cosines"]["overall"], names, numbers=cell >= _NUMBERED)
+    bar = page.axes(WIDTH - MARGIN - 2.4, page.height - 0.51, 2.1, 0.16)
     scale = ScalarMappable(Normalize(-1, 1), _COSINES)
-    page.figure.colorbar(scale, bar, orientation="horizontal", ticks=[-1, -0.5, 0, 0.5, 1])
-    bar.set_xlabel("cosine: −1 opposite, 0 orthogonal, 1 the same", size=SMALL)
-    numbers = [f"{i + 1} · {j + 1}" for i, j in pairs]
-    by_layer = page.axes(left, 0.95, WIDTH - left - MARGIN, rows)
-    _draw_layers(by_layer, document, pairs, numbers, layers)
+    page.figure.colorbar(scale, bar, orientation="horizontal", ticks=[-1, 0, 1])
+    bar.set_xlabel("cosine: opposite, orthogonal, same", size=SMALL)
+    labels = [f"{i + 1} · {j + 1}" for i, j in pairs]
+    by_layer = page.axes(left, 0.75, WIDTH - left - MARGIN, rows)
+    _draw_layers(by_layer, document, pairs, labels, layers)
     return page.save(path)
 
 
-def _draw_matrix(axes: Axes, values: list[list[float | None]], names: list[str]) -> None:
+def _draw_matrix(
+    axes: Axes, values: list[list[float | None]], names: list[str], *, numbers: bool
+) -> None:
     """Cells with their numbers; rows have names, columns the rows' numbers."""
     axes.imshow(_filled(values), cmap=_COSINES, vmin=-1, vmax=1, aspect="auto")
-    for i, row in enumerate(values):
+    for i, row in enumerate(values if numbers else []):
         for j, value in enumerate(row):
-            text = "–" if value is None else f"{value:.2f}"
+            text = "–" if value is None else _signed(value, 2)
             colour = "white" if value is not None and abs(value) > 0.6 else INK
             axes.text(j, i, text, ha="center", va="center", size=SMALL, color=colour)
     places = range(len(names))
@@ -101,6 +103,13 @@ def _draw_layers(
     axes.set_xlabel("layer; grey where one of the two did not change")
     axes.set_ylabel("pair")
     _frameless(axes)
+
+
+def _signed(value: float, digits: int) -> str:
+    """With a minus sign, and no sign before a zero."""
+    return f"{value:.{digits}f}".replace("-", "−").replace(
+        "−0." + "0" * digits, "0." + "0" * digits
+    )
 
 
 def _frameless(axes: Axes) -> None:
@@ -133,22 +142,22 @@ def _telling_pairs(document: Document) -> list[Pair]:
 def _cosines_finding(document: Document) -> Finding:
     names = [entry["name"] for entry in document["task_vectors"]]
     overall = document["cosines"]["overall"]
-    note = "Above: the whole task vectors. Below: the same pairs layer by layer"
+    note = "Cosines. Above: of the whole task vectors. Below: of the same pairs layer by layer"
     pairs = _pairs(len(names))
     note += f", the {_MOST_PAIRS} with the largest |cosine|." if len(pairs) > _MOST_PAIRS else "."
     known = [pair for pair in pairs if overall[pair[0]][pair[1]] is not None]
     if not known:
         return Finding("No two of the task vectors are both non-zero", note)
-    first, second = max(known, key=lambda pair: overall[pair[0]][pair[1]])
-    most = overall[first][second]
-    if len(known) == 1:
-        title = f"{elided(names[first], 30)} and {elided(names[second], 30)}: cosine {most:.3f}"
-    else:
-        least = min(overall[i][j] for i, j in known)
-        title = (
-            f"{elided(names[first], 24)} and {elided(names[second], 24)} are closest with a cosine "
-            f"of {most:.3f}; the least is {least:.3f}"
-        )
+    ranked = sorted(known, key=lambda pair: overall[pair[0]][pair[1]])
+
+    def told(pair: Pair, words: str) -> str:
+        i, j = pair
+        value = _signed(overall[i][j], 3)
+        return f"{elided(names[i], 22)} and {elided(names[j], 22)} {words} {value}"
+
+    title = told(ranked[-1], "have the cosine" if len(ranked) == 1 else "are closest, with")
+    if len(ranked) > 1:
+        title += f"; {told(ranked[0], 'furthest, with')}"
     return Finding(title, note)
 
 
@@ -203,7 +212,7 @@ def _norms_finding(document: Document) -> Finding:
         layer, group = _largest_layer(sized[0])
         share = 100 * group["squared_norm_share"]
         where = layer if layer == OUTSIDE else f"layer {layer}"
-        return Finding(f"{where[0].upper()}{where[1:]} holds {share:.3g} % of ‖T‖²", note)
+        return Finding(f"{where[0].upper()}{where[1:]} holds most, {share:.3g} % of ‖T‖²", note)
     first, last = sized[0], sized[-1]
     if not last["summary"]["norm"]:
         return Finding(f"{elided(last['name'], 40)} is zero everywhere", note)
