@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,11 +42,11 @@ def chain(base: Path, adapter: Path, directory: Path, precision: str = "fp32", *
     return found, directory / "lora"
 
 
-def treated(found: dict, treatment: str) -> set[str]:
+def treated(found: dict[str, Any], treatment: str) -> set[str]:
     return {name for name, entry in found["parameters"].items() if entry["treatment"] == treatment}
 
 
-def ranks(found: dict) -> dict[str, int]:
+def ranks(found: dict[str, Any]) -> dict[str, int]:
     return {name: found["parameters"][name]["rank"] for name in treated(found, "lora")}
 
 
@@ -60,7 +61,8 @@ def true_ranks(adapter: Path) -> dict[str, int]:
 
 def peft_weights(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
     """Every weight of base + adapter as PEFT merges them, fp32, under the base's names."""
-    return peft_merge(base, adapter, torch.float32).state_dict()
+    merged: dict[str, torch.Tensor] = peft_merge(base, adapter, torch.float32).state_dict()
+    return merged
 
 
 # -- merged LoRAs -------------------------------------------------------------------
