@@ -280,6 +280,7 @@ def to_lora(
     base_model: str | None = None,
     rank: int | None = None,
     max_rank: int | None = None,
+    lora_path: str | None = None,
     device: str = "auto",
     revision: str | None = None,
 ) -> DocumentResult:
@@ -293,13 +294,16 @@ def to_lora(
             the modules are, and norms and biases are stored as their new values.
         rank: of every module; None for what stands above the rounding noise,
         max_rank: and no more than this.
+        lora_path: the adapter that was merged, to compare with; needs base_model.
         device: where the arithmetic runs.
         revision: of a base on the hub.
 
     Raises:
         UserError: an input is unusable, or nothing stands above the noise.
     """
-    from taskvec.adapter import WEIGHTS_FILE
+    from contextlib import ExitStack
+
+    from taskvec.adapter import WEIGHTS_FILE, open_adapter
     from taskvec.lora_config import CONFIG_FILE
     from taskvec.lowrank.convert import convert, summarise
     from taskvec.output import output_directory, write_json
@@ -307,17 +311,27 @@ def to_lora(
 
     if rank is not None and max_rank is not None:
         raise cli.UserError("--max_rank bounds --rank auto; with a number it has no meaning")
-    with (
-        open_subject(
-            task_vector, finetuned_model=finetuned_model, base_model=base_model, revision=revision
-        ) as subject,
-        output_directory(
-            Path(output_dir), [CONFIG_FILE, WEIGHTS_FILE, LORA_RESULT], subject.paths
-        ) as partial,
-        cli.progress(sum(info.nbytes for info in subject.tensors.values()), "Factorising") as bar,
-    ):
+    written = [CONFIG_FILE, WEIGHTS_FILE, LORA_RESULT]
+    with ExitStack() as stack:
+        subject = stack.enter_context(
+            open_subject(
+                task_vector,
+                finetuned_model=finetuned_model,
+                base_model=base_model,
+                revision=revision,
+            )
+        )
+        inputs, truth = subject.paths, None
+        if lora_path is not None:
+            if subject.base is None:
+                raise cli.UserError("--lora_path needs --base_model, which the adapter is bound to")
+            truth = stack.enter_context(open_adapter(lora_path, subject.base))
+            inputs = [*inputs, truth.path]
+        partial = stack.enter_context(output_directory(Path(output_dir), written, inputs))
+        total = sum(info.nbytes for info in subject.tensors.values())
+        bar = stack.enter_context(cli.progress(total, "Factorising"))
         files, layout, entries = convert(
-            subject, base_model, rank, max_rank, cli.pick_device(device), bar
+            subject, base_model, rank, max_rank, truth, cli.pick_device(device), bar
         )
         content = {
             "inputs": {"source": subject.vector.source, "base_model": base_model},
@@ -423,6 +437,7 @@ def _to_lora(args: argparse.Namespace) -> int:
         base_model=args.base_model,
         rank=args.rank,
         max_rank=args.max_rank,
+        lora_path=args.lora_path,
         device=args.device,
         revision=args.revision,
     )

@@ -126,6 +126,11 @@ def _add_to_lora(parser: argparse.ArgumentParser) -> None:
     )
     cli.add_base_model(to_lora, default=None)
     to_lora.add_argument(
+        "--lora_path",
+        metavar="ADAPTER",
+        help="the adapter that was merged: say how well it is recovered; needs --base_model",
+    )
+    to_lora.add_argument(
         "--rank",
         type=_rank,
         default=None,

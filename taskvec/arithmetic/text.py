@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,6 +11,8 @@ from taskvec.lowrank.convert import ARTIFACT, BELOW_FLOOR, BIAS, LEFT_OUT, LORA,
 from taskvec.wording import number, percent, size, table
 
 Document = dict[str, Any]
+
+_NEAR_NOISE = 3  # times the noise's largest singular value
 
 
 def overview_lines(content: Document) -> list[str]:
@@ -132,6 +135,18 @@ def lora_lines(content: Document) -> list[str]:
         f"‖T - BA‖ / ‖T‖: {summary['relative_error']:.3g} of all of them together, "
         f"{summary['largest_relative_error']:.3g} at most.",
     ]
+    if truth := summary["truth"]:
+        lines.append(
+            f"The rank is that of the adapter which was merged in {truth['true_ranks']} of "
+            f"{truth['parameters']} parameters; its delta is recovered to "
+            f"{truth['recovered_error']:.3g}, where the task vector is off by "
+            f"{truth['task_vector_error']:.3g}."
+        )
+    if near := sum(_is_near_noise(entry) for entry in entries.values()):
+        lines.append(
+            f"In {near} of them the weakest singular value that was kept is less than "
+            f"{_NEAR_NOISE} times the noise: there may be more of the change below it."
+        )
     told = (
         (BIAS, "{} biases with their new values."),
         (SAVED, "{} norms and the like with their new values (modules_to_save)."),
@@ -183,6 +198,12 @@ def factor_lines(content: Document) -> list[str]:
             )
         )
     return table(header, rows)
+
+
+def _is_near_noise(entry: Document) -> bool:
+    if entry["treatment"] != LORA or entry["rank"] < entry["rank_above_noise"]:
+        return False
+    return (_over_noise(entry, "weakest_kept") or math.inf) < _NEAR_NOISE
 
 
 def _over_noise(entry: Document, key: str) -> float | None:

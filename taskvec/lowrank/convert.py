@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from taskvec.adapter import Adapter
 from taskvec.arithmetic.apply import add_scaled
 from taskvec.cli import UserError
 from taskvec.compare import CAST, Magnitude, attribute_parameter, read_blocks
@@ -46,6 +47,7 @@ class Conversion:
         files: takes what becomes part of the adapter.
         rank: of every module; None for what stands above the noise,
         most: and no more than this.
+        truth: the adapter that was merged, to compare with; None if nobody has it.
         device: where the arithmetic runs.
     """
 
@@ -54,6 +56,7 @@ class Conversion:
     files: AdapterFiles
     rank: int | None
     most: int | None
+    truth: Adapter | None
     device: torch.device
 
     def parameter(self, name: str) -> Entry:
@@ -88,12 +91,32 @@ class Conversion:
 
     def _low_rank(self, name: str, place: Parameter) -> Entry:
         factors = factorise(self.subject, name, self.device, self.rank, self.most)
-        finding = factors.finding
+        finding, found = factors.finding, _described(factors)
         noise = finding.rank == 0 and finding.source == FORMATS_FLOOR
         if not factors.rank or noise:
-            return {"treatment": BELOW_FLOOR, **_described(factors)}
+            return {"treatment": BELOW_FLOOR, **found}
         self.files.add_factors(place, factors)
-        return {"treatment": LORA, **_described(factors)}
+        if self.truth is not None and name in self.truth.scalings:
+            found |= self._beside_the_truth(name, factors, self.truth)
+        return {"treatment": LORA, **found}
+
+    def _beside_the_truth(self, name: str, factors: Factors, truth: Adapter) -> Entry:
+        """How far the recovered delta, and T itself, are from the delta that was merged."""
+        update = truth.update(name, self.device)
+        left, right = (factor.to(self.device).double() for factor in (factors.left, factors.right))
+        recovered = merged = size = 0.0
+        for start, rows in self.subject.blocks(name, self.device):
+            stop = start + rows.shape[0]
+            delta = update.exact(start, stop)
+            size += float((delta**2).sum())
+            recovered += float(((left[start:stop] @ right - delta) ** 2).sum())
+            merged += float(((rows.double() - delta) ** 2).sum())
+        return {
+            "true_rank": update.rank,
+            "true_norm": math.sqrt(size),
+            "recovered_error": math.sqrt(recovered / size) if size else None,
+            "task_vector_error": math.sqrt(merged / size) if size else None,
+        }
 
     def _whole(self, name: str, place: Parameter) -> Entry:
         """What is no matrix of a module that LoRA knows."""
@@ -142,6 +165,7 @@ def convert(
     base_model: str | None,
     rank: int | None,
     most: int | None,
+    truth: Adapter | None,
     device: torch.device,
     bar: tqdm[Any],
 ) -> tuple[AdapterFiles, Layout, dict[str, Entry]]:
@@ -149,7 +173,7 @@ def convert(
 
     Args:
         base_model: what the adapter names as its base.
-        rank, most: as `Conversion`.
+        rank, most, truth: as `Conversion`.
         bar: advanced by the bytes of the tensors.
 
     Raises:
@@ -158,7 +182,7 @@ def convert(
     layout = model_layout(subject.base, subject.tensors)
     modules = {parameter.module for parameter in layout.parameters.values()}
     files = AdapterFiles(base_model, layout.task_type, modules)
-    conversion = Conversion(subject, layout, files, rank, most, device)
+    conversion = Conversion(subject, layout, files, rank, most, truth, device)
     entries = {}
     for name, info in subject.tensors.items():
         entries[name] = conversion.parameter(name)
@@ -177,7 +201,9 @@ def summarise(entries: dict[str, Entry]) -> Entry:
     Returns:
         how many parameters were treated how; of the factors, their ranks by frequency, the largest
         relative error ‖T - BA‖ / ‖T‖ and that of all of them together; and ``lost_share``, the
-        share of ‖T‖^2 in parameters that were left out or are below the floor.
+        share of ‖T‖^2 in parameters that were left out or are below the floor. Beside the adapter
+        that was merged also ``truth``: how many ranks are its own, and of all its deltas that were
+        recovered together the relative error of the factors and of T.
     """
     counts = Counter(entry["treatment"] for entry in entries.values())
     lora = [entry for entry in entries.values() if entry["treatment"] == LORA]
@@ -187,12 +213,29 @@ def summarise(entries: dict[str, Entry]) -> Entry:
     lost = math.fsum(e["norm"] ** 2 for e in entries.values() if e["treatment"] in missing)
     real = math.fsum(e["norm"] ** 2 for e in entries.values() if e["treatment"] != ARTIFACT)
     ranks = Counter(entry["rank"] for entry in lora)
+    known = [entry for entry in lora if "true_rank" in entry and entry["true_norm"]]
     return {
         "parameters": dict(counts),
         "ranks": {str(rank): ranks[rank] for rank in sorted(ranks)},
         "largest_relative_error": max(entry["relative_error"] for entry in lora),
         "relative_error": math.sqrt(error / squared) if squared else 0.0,
         "lost_share": lost / real if real else 0.0,
+        "truth": _truth(known) if known else None,
+    }
+
+
+def _truth(known: list[Entry]) -> Entry:
+    """The adapter that was merged beside what was recovered of it."""
+    squared = math.fsum(entry["true_norm"] ** 2 for entry in known)
+
+    def together(key: str) -> float:
+        return math.sqrt(math.fsum((e[key] * e["true_norm"]) ** 2 for e in known) / squared)
+
+    return {
+        "parameters": len(known),
+        "true_ranks": sum(entry["rank"] == entry["true_rank"] for entry in known),
+        "recovered_error": together("recovered_error"),
+        "task_vector_error": together("task_vector_error"),
     }
 
 
