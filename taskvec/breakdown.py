@@ -80,16 +80,23 @@ def breakdown(entries: Mapping[str, Entry]) -> dict[str, Any]:
     total = math.fsum(entry["norm"] ** 2 for entry in entries.values())
     for entry in entries.values():
         entry["squared_norm_share"] = entry["norm"] ** 2 / total if total else 0.0
-    stacks = {split[0] for name in entries if (split := layer_split(name)) is not None}
-    in_order = {name: entries[name] for name in sorted(entries, key=_layer_order)}
+    order, layer = layer_groups(entries)
+    in_order = {name: entries[name] for name in order}
     return {
         "summary": _group(entries.values()),
-        "by_layer": _groups(in_order, lambda name, _: _layer_label(name, len(stacks) > 1)),
+        "by_layer": _groups(in_order, lambda name, _: layer(name)),
         "by_block": _groups(entries, lambda _, entry: entry["block"]),
         "by_module": _groups(entries, lambda _, entry: f"{entry['block']}.{entry['module']}"),
         "by_kind": _groups(entries, lambda _, entry: entry["kind"]),
         "parameters": dict(entries),
     }
+
+
+def layer_groups(names: Iterable[str]) -> tuple[list[str], Callable[[str], str]]:
+    """Names stack by stack and layer by layer, and what to call the layer of each."""
+    names = list(names)
+    stacks = {split[0] for name in names if (split := layer_split(name)) is not None}
+    return sorted(names, key=_layer_order), lambda name: _layer_label(name, len(stacks) > 1)
 
 
 def _sizes(elements: int, nonzero: int, squared_norm: float, max_abs: float) -> Entry:

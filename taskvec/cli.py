@@ -54,6 +54,49 @@ def new_parser(doc: str | None, *, device: bool = True) -> argparse.ArgumentPars
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    _add_common(parser, device)
+    return parser
+
+
+def new_command_parser(doc: str | None) -> argparse.ArgumentParser:
+    """A parser for a script with subcommands, which `add_command` adds."""
+    parser = _Parser(
+        description=doc,
+        epilog="Every command takes --device, --config FILE.yml and --quiet; "
+        "`COMMAND --help` lists its flags.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
+    return parser
+
+
+def add_command(
+    parser: argparse.ArgumentParser, name: str, summary: str, *, device: bool = True
+) -> argparse.ArgumentParser:
+    """A subcommand's own parser, with the flags that every script has.
+
+    Args:
+        parser: of `new_command_parser`.
+        summary: one sentence without a full stop; the command's line in the script's help.
+        device: whether it takes ``--device``.
+    """
+    command: argparse.ArgumentParser = _commands(parser).add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    _add_common(command, device)
+    return command
+
+
+def _commands(parser: argparse.ArgumentParser) -> argparse._SubParsersAction[Any]:
+    return next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+
+
+def _add_common(parser: argparse.ArgumentParser, device: bool) -> None:
     common = parser.add_argument_group("every script")
     if device:
         common.add_argument(
@@ -64,7 +107,6 @@ def new_parser(doc: str | None, *, device: bool = True) -> argparse.ArgumentPars
         )
     common.add_argument("--config", metavar="FILE.yml", help="values for any of these flags")
     common.add_argument("--quiet", action="store_true", help="print only the result lines")
-    return parser
 
 
 def add_base_model(parser: argparse.ArgumentParser, *, default: str | None = DEFAULT_BASE) -> None:
@@ -125,10 +167,17 @@ def parse_args(
         UserError: a flag or a YAML value that the parser does not take.
     """
     global _quiet
-    argv = sys.argv[1:] if argv is None else argv
+    argv = list(sys.argv[1:] if argv is None else argv)
+    has_commands = any(isinstance(a, argparse._SubParsersAction) for a in parser._actions)
+    if has_commands and argv and argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
+        parser.error(f"unrecognized arguments: {' '.join(argv)}: the command comes first")
     args = parser.parse_args(argv)
     if args.config is not None:
-        args = parser.parse_args([*_config_as_flags(parser, Path(args.config)), *argv])
+        command = [argv.pop(0)] if has_commands else []
+        described = _commands(parser).choices[command[0]] if command else parser
+        flags = _config_as_flags(described, Path(args.config))
+        # A list of values ends where the next flag begins, not at a word of the command line.
+        args = parser.parse_args([*command, *flags, f"--config={args.config}", *argv])
     _quiet = args.quiet
     return args
 

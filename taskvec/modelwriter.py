@@ -11,7 +11,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,8 @@ BLOCK_ELEMENTS = 1 << 20
 
 # (rows of the base in their stored dtype, start, stop) -> the new rows in the target's dtype
 RowFunction = Callable[[torch.Tensor, int, int], torch.Tensor]
+# The same for several models at a time: the new rows of each
+RowsFunction = Callable[[torch.Tensor, int, int], Sequence[torch.Tensor]]
 
 _SIDE_FILES = (
     "generation_config.json",
@@ -97,23 +99,50 @@ def write_model(
     Raises:
         UserError: a value that is finite in the base or in the sum overflows the format.
     """
+
+    def edits(name: str) -> RowsFunction | None:
+        rows = edit(name)
+        return None if rows is None else lambda base, start, stop: [rows(base, start, stop)]
+
+    return write_models(base, [directory], format, edits, max_shard_size=max_shard_size, bar=bar)
+
+
+def write_models(
+    base: Checkpoint,
+    directories: Sequence[Path],
+    format: Format,
+    edit: Callable[[str], RowsFunction | None],
+    *,
+    max_shard_size: str | None,
+    bar: tqdm[Any],
+) -> list[Shard]:
+    """Write several models that differ in the same parameters, in one read of the base.
+
+    Args:
+        directories: an empty one for each model; otherwise as `write_model`.
+
+    Returns:
+        the files written into each.
+
+    Raises:
+        UserError: as `write_model`.
+    """
     formats = {name: stored_format(base, name, format) for name in base.tensors}
     shards = _plan_shards(base, formats, max_shard_size)
     with contextlib.ExitStack() as stack:
-        files = {
-            name: writer
-            for shard in shards
-            for writer in [stack.enter_context(_open(directory, shard))]
-            for name in writer.tensors
-        }
+        files: dict[str, list[TensorFileWriter]] = {}
+        for shard in shards:
+            writers = [stack.enter_context(_open(to, shard)) for to in directories]
+            files |= dict.fromkeys(writers[0].tensors, writers)
         for_each(
             lambda name: _write_tensor(
                 base, base.tensors[name], files[name], formats[name], edit(name), bar
             ),
             files,
         )
-    _write_index(directory, shards)
-    _copy_side_files(base, directory, format)
+    for directory in directories:
+        _write_index(directory, shards)
+        _copy_side_files(base, directory, format)
     return shards
 
 
@@ -124,21 +153,23 @@ def _open(directory: Path, shard: Shard) -> TensorFileWriter:
 def _write_tensor(
     base: Checkpoint,
     info: TensorInfo,
-    writer: TensorFileWriter,
+    writers: Sequence[TensorFileWriter],
     format: Format,
-    make_rows: RowFunction | None,
+    make_rows: RowsFunction | None,
     bar: tqdm[Any],
 ) -> None:
-    target = writer.tensors[info.name]
+    target = writers[0].tensors[info.name]
     if make_rows is None and info.dtype == target.dtype:
-        writer.copy(base.shards[info.path], info)
+        for writer in writers:
+            writer.copy(base.shards[info.path], info)
         bar.update(info.nbytes)
         return
     for start, stop in row_blocks(info, BLOCK_ELEMENTS):
         rows = base.read(info.name, start, stop)
-        new = make_rows(rows, start, stop) if make_rows else rows.to(target.dtype)
-        _refuse_overflow(info, rows, new, format)
-        writer.write(info.name, new, start)
+        made = make_rows(rows, start, stop) if make_rows else [rows.to(target.dtype)] * len(writers)
+        for writer, new in zip(writers, made, strict=True):
+            _refuse_overflow(info, rows, new, format)
+            writer.write(info.name, new, start)
         bar.update(rows.nbytes)
 
 

@@ -133,6 +133,22 @@ def subtract_rows(merged: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
     return (merged.to(wide) - base.to(wide)).float()
 
 
+def round_once(values: torch.Tensor, format: Format) -> torch.Tensor:
+    """Float64 values to a format's dtype with a single rounding, to nearest, ties to even.
+
+    PyTorch goes from float64 to a narrow format by way of fp32, which can round twice. Here fp32 is
+    reached by rounding to odd, after which the second rounding is the only one that counts
+    (Boldo and Melquiond, Emulation of FMA and correctly rounded sums, IEEE TC 57 (2008)).
+    """
+    nearest = values.float()
+    if format is FP32:
+        return nearest
+    bits = nearest.view(torch.int32)
+    truncated = bits - (nearest.double().abs() > values.abs()).int()
+    inexact = (nearest.double() != values) & torch.isfinite(values)
+    return torch.where(inexact, truncated | 1, bits).view(torch.float32).to(format.dtype)
+
+
 def half_ulp(values: torch.Tensor, format: Format) -> torch.Tensor:
     """Half the spacing of a format's numbers at each value: no rounding to it errs by more.
 
