@@ -96,7 +96,7 @@ def parse_args(
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     if args.config is not None:
-        args = parser.parse_args([*_config_as_flags(parser, Path(args.config)), *argv])
+        args = parser.parse_args([*_config_as_flags(parser, Path(args.config), args), *argv])
     _quiet = args.quiet
     return args
 
@@ -204,8 +204,14 @@ def _fail(parser: argparse.ArgumentParser, message: str) -> int:
     return EXIT_BAD_INPUT
 
 
-def _config_as_flags(parser: argparse.ArgumentParser, path: Path) -> list[str]:
-    """A YAML mapping as command-line words, so that argparse checks types and choices alike."""
+def _config_as_flags(
+    parser: argparse.ArgumentParser, path: Path, given: argparse.Namespace
+) -> list[str]:
+    """A YAML mapping as command-line words, so that argparse checks types and choices alike.
+
+    A flag that collects its values would join the file's with those ``given`` on the command line,
+    which win: the file's are left out.
+    """
     flags = {
         option.lstrip("-"): action
         for action in parser._actions
@@ -217,7 +223,9 @@ def _config_as_flags(parser: argparse.ArgumentParser, path: Path) -> list[str]:
         if key not in flags:
             near = difflib.get_close_matches(str(key), flags, n=1, cutoff=0.0)
             raise UserError(f"{path}: unknown key {key!r}; did you mean {near[0]!r}?")
-        words += _as_flag(path, key, value, flags[key])
+        collects = isinstance(flags[key], argparse._ExtendAction)
+        if not (collects and getattr(given, flags[key].dest)):
+            words += _as_flag(path, key, value, flags[key])
     return words
 
 
