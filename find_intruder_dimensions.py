@@ -62,16 +62,17 @@ class IntruderResult:
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.new_parser(__doc__)
     cli.add_base_model(parser)
-    versions = {"nargs": "+", "action": "extend", "default": None}
     parser.add_argument(
         "--lora_path",
-        **versions,
+        nargs="+",
+        action="extend",
         metavar="[LABEL=]ADAPTER",
         help="directories or hub ids of PEFT adapters",
     )
     parser.add_argument(
         "--finetuned_model",
-        **versions,
+        nargs="+",
+        action="extend",
         metavar="[LABEL=]MODEL",
         help="models that were fine-tuned from the base; both flags may be repeated",
     )

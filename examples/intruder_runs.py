@@ -120,7 +120,7 @@ def _train(task: Task, run: Run, model: Any) -> tuple[float, int]:
         for group in optimiser.param_groups:
             group["lr"] = run.learning_rate * min(1.0, step / _WARM_UP)
         optimiser.zero_grad()
-        task.batch_loss(model, generator).backward()
+        torch.autograd.backward(task.batch_loss(model, generator))
         torch.nn.utils.clip_grad_norm_(parameters, _GRADIENT_NORM)
         optimiser.step()
         if step % run.check_every == 0:

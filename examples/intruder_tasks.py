@@ -57,7 +57,7 @@ class Task:
     base: Path
     load: Callable[[str], Any]
     target_modules: tuple[str, ...]
-    head: torch.nn.Module | None
+    head: torch.nn.Linear | None
     batch_loss: Callable[[Any, torch.Generator], torch.Tensor]
     held_out: Callable[[Any], float]
     pretraining: Callable[[Any], float]
@@ -220,6 +220,7 @@ def _mean(loss: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor, mode
     was_training = model.training
     model.eval()
     with torch.inference_mode():
-        parts = [loss(part).item() for part in rows.split(_EVALUATED) if len(part) == _EVALUATED]
+        whole = rows[: len(rows) // _EVALUATED * _EVALUATED].view(-1, _EVALUATED)
+        parts = [loss(part).item() for part in whole]
     model.train(was_training)
     return sum(parts) / len(parts)

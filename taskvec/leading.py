@@ -82,7 +82,8 @@ def leading_triplets(operator: Operator, count: int) -> Triplets:
 def _shaken(start: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """An orthonormal start that misses no direction for certain, where the guess might."""
     noise = torch.randn(start.shape, generator=generator, dtype=torch.float64).to(start.device)
-    return torch.linalg.qr(start + noise * (0.1 / start.shape[0] ** 0.5)).Q
+    basis: torch.Tensor = torch.linalg.qr(start + noise * (0.1 / start.shape[0] ** 0.5)).Q
+    return basis
 
 
 def _round(
