@@ -23,21 +23,17 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's own modules
 
-from finetune_lora import (
-    TrainingHistory,
-    TrainingOptions,
-    at_least,
-    split_held_out,
-    tokenize,
-    train,
-    versions,
-)
+from finetune_lora import versions
 from taskvec import cli
+from taskvec.flag_values import at_least
 from taskvec.output import output_directory, write_json
+from taskvec.training.options import TrainingOptions
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerFast, Starcoder2ForCausalLM
+
+    from taskvec.training.loop import TrainingHistory
 
 VOCABULARY = 4096
 END_OF_TEXT = "<|endoftext|>"
@@ -213,6 +209,9 @@ def pretrain_base(output_dir: Path, options: TrainingOptions) -> TrainingHistory
     """Train tokenizer and model, and write them with README.md and training_log.json."""
     from transformers.utils import logging
 
+    from taskvec.training.loop import Run, train
+    from taskvec.training.texts import split_held_out, tokenize
+
     logging.disable_progress_bar()
     with output_directory(output_dir, OUTPUT_FILES) as folder:
         started = time.monotonic()
@@ -225,7 +224,7 @@ def pretrain_base(output_dir: Path, options: TrainingOptions) -> TrainingHistory
         cli.notice(f"{len(training)} files to train on: {len(training_tokens):,} tokens")
 
         model = untrained_model(options)
-        history = train(model, training_tokens, held_out_tokens, options)
+        history = train(Run(model, options), training_tokens, held_out_tokens)
         model.save_pretrained(folder)
 
         log = {

@@ -15,7 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from finetune_lora import held_out_loss, tokenize
+from taskvec.training.loop import held_out_loss
+from taskvec.training.texts import tokenize
 
 ROOT = Path(__file__).parent.parent
 BASE = ROOT / "examples/starcoder2-mini"

@@ -1,0 +1,1 @@
+"""Fine-tuning: texts, models, methods, the loop and its checkpoints."""

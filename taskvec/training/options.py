@@ -1,0 +1,38 @@
+"""How a model is trained. Needs no torch, so that --help stays fast."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SCHEDULES = ("cosine", "linear", "constant_with_warmup")
+PRECISIONS = ("no", "bf16", "fp16")
+METHODS, BACKENDS = ("lora", "full"), ("scratch", "peft")
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """AdamW with linear warm-up and, unless told otherwise, cosine decay to zero.
+
+    Attributes:
+        steps: optimiser steps, at most.
+        batch_size: windows that pass through the model at once.
+        gradient_accumulation_steps: how many such batches make one step.
+        schedule: transformers' name for what the learning rate does after the warm-up.
+        eval_every: steps between two measurements of the held-out loss; a tenth of all if None.
+        until_loss: stop as soon as a measured held-out loss is not above this.
+        mixed_precision: bf16 or fp16: matmuls in that format, weights and AdamW in fp32.
+    """
+
+    steps: int = 1000
+    batch_size: int = 8
+    sequence_length: int = 256
+    learning_rate: float = 1e-3
+    warmup_steps: int = 50
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    seed: int = 0
+    gradient_accumulation_steps: int = 1
+    schedule: str = "cosine"
+    eval_every: int | None = None
+    until_loss: float | None = None
+    mixed_precision: str = "no"
