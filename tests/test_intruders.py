@@ -127,7 +127,7 @@ def test_repeated_base_values_are_compared_as_a_space():
 @pytest.mark.parametrize("seed", range(4))
 def test_repeated_tuned_values_do_not_depend_on_the_basis(seed):
     """Three equal tuned values: two of their directions are the base's, one is spread over 200."""
-    W, U, V = with_values(220, 220, np.linspace(2.0, 1.0, 220))
+    W, U, _V = with_values(220, 220, np.linspace(2.0, 1.0, 220))
     spread = U[:, 20:] @ np.full(200, 200**-0.5)
     space = np.stack([U[:, 0], U[:, 7], spread], 1) @ orthonormal(3, 3, seed=seed)
     T = W + 0.0
@@ -148,7 +148,7 @@ def test_repeated_tuned_values_do_not_depend_on_the_basis(seed):
 @pytest.mark.parametrize("gap", [1e-6, 1e-4])
 def test_close_values_that_float64_tells_apart_are_vectors_of_their_own(krylov, gap):
     values = [3.0, 3.0 - gap, 3.0 - 2 * gap, *np.linspace(1.0, 0.1, 87)]
-    W, U, V = with_values(90, 90, values)
+    W, _U, _V = with_values(90, 90, values)
     T, _, _ = with_values(90, 90, values, seed=31)
     svd = base_svd(tensor(W))
     for strength in (1e-3, 0.3):
@@ -162,7 +162,7 @@ def test_close_values_that_float64_tells_apart_are_vectors_of_their_own(krylov, 
 def test_repeated_values_are_not_missed_by_the_krylov_route(krylov):
     """Six equal leading values, twelve wanted: LAPACK's subspace, whole."""
     values = [5.0] * 6 + [3.0] * 4 + list(np.linspace(2.0, 0.1, 190))
-    W, U, V = with_values(200, 200, values)
+    W, U, _V = with_values(200, 200, values)
     found = leading_triplets(matrix_operator(tensor(W), tensor(np.eye(200)[:, :40])), 12)
     np.testing.assert_allclose(found.values, values[:12], rtol=1e-12)
     for start, stop in ((0, 6), (6, 10)):
@@ -172,7 +172,7 @@ def test_repeated_values_are_not_missed_by_the_krylov_route(krylov):
 
 def test_a_group_that_the_count_cuts_is_taken_whole():
     """Four equal values, two wanted: which two of them are given is not left to chance."""
-    W, U, V = with_values(60, 60, np.linspace(2.0, 1.0, 60))
+    W, U, _V = with_values(60, 60, np.linspace(2.0, 1.0, 60))
     space = np.stack([U[:, 3], U[:, 4], U[:, 20:] @ np.full(40, 40**-0.5), U[:, 5]], 1)
     inputs = orthonormal(60, 4, seed=8)
     T = 7.0 * space @ orthonormal(4, 4, seed=5) @ inputs.T
@@ -182,7 +182,7 @@ def test_a_group_that_the_count_cuts_is_taken_whole():
 
 def test_a_tall_matrix_says_what_its_base_does_not_reach():
     """A new output direction that the base never writes to."""
-    W, U, V = with_values(80, 30, np.linspace(2.0, 1.0, 30))
+    W, U, _V = with_values(80, 30, np.linspace(2.0, 1.0, 30))
     new = orthonormal(80, 80, seed=77)[:, :1]
     new = new - U @ (U.T @ new)
     new /= np.linalg.norm(new)
@@ -199,7 +199,7 @@ def test_a_tall_matrix_says_what_its_base_does_not_reach():
 
 
 def test_a_base_of_deficient_rank_has_no_directions_where_it_is_zero():
-    W, U, V = with_values(40, 60, [3.0, 2.0, 1.0])
+    W, U, _V = with_values(40, 60, [3.0, 2.0, 1.0])
     T = W + 10 * np.outer(orthonormal(40, 40, seed=3)[:, 0], orthonormal(60, 1, seed=4)[:, 0])
     found = dense_directions(base_svd(tensor(W)), tensor(T), 4)
     Y = np.linalg.svd(T)[0][:, :4]
