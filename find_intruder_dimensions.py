@@ -15,7 +15,6 @@ Definition 3.1 and Algorithm 1). Writes intruder_dimensions.json, .csv and four 
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,13 +22,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from taskvec import cli
+from taskvec.flag_values import at_least, real
 
 if TYPE_CHECKING:  # torch is loaded only when there is work to do: --help stays fast
     import torch
 
     from taskvec.checkpoint import Checkpoint
-    from taskvec.intruder_analysis import MatrixFindings, Settings
-    from taskvec.tuned import Tuned
+    from taskvec.intruders.analysis import MatrixFindings, Settings
+    from taskvec.intruders.tuned import Tuned
 
 RESULT, TABLE = "intruder_dimensions.json", "intruder_dimensions.csv"
 TOP_FIGURE, WIDE_FIGURE = "similarity_matrices.png", "similarity_diagonal.png"
@@ -84,7 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--top_k",
-        type=_at_least_one,
+        type=at_least(1),
         default=TOP_K,
         metavar="K",
         help=f"how many leading vectors of each matrix are tested (default: {TOP_K})",
@@ -100,7 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--leading",
-        type=_at_least_one,
+        type=at_least(1),
         default=LEADING,
         metavar="L",
         help=f"how many leading vectors the figures look at (default: {LEADING})",
@@ -119,7 +119,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--scale_intruders",
-        type=_finite,
+        type=real,
         metavar="LAMBDA",
         help="also write the one version given with its intruders scaled: 0 takes them out",
     )
@@ -175,9 +175,9 @@ def find_intruders(
         UserError: an input is unusable, or the versions do not fit the base.
     """
     from taskvec.checkpoint import open_checkpoint
-    from taskvec.intruder_analysis import Settings
+    from taskvec.intruders.analysis import Settings
+    from taskvec.intruders.tuned import open_tuned
     from taskvec.output import output_directory
-    from taskvec.tuned import open_tuned
 
     if not lora_paths and not finetuned_models:
         raise cli.UserError("give what was fine-tuned: --lora_path or --finetuned_model")
@@ -209,9 +209,9 @@ def _analyze(
     cache_dir: str | Path | None,
     device: torch.device,
 ) -> list[MatrixFindings]:
-    from taskvec.basesvd import SvdCache, default_cache_dir, svd_bytes
-    from taskvec.intruder_analysis import analyze_matrices
-    from taskvec.tuned import linear_weights
+    from taskvec.intruders.analysis import analyze_matrices
+    from taskvec.intruders.basesvd import SvdCache, default_cache_dir, svd_bytes
+    from taskvec.intruders.tuned import linear_weights
     from taskvec.wording import size
 
     names = [
@@ -247,8 +247,8 @@ def _write(
     settings: Settings,
     found: Sequence[MatrixFindings],
 ) -> dict[str, Any]:
-    from taskvec import intruder_report as report
     from taskvec.figures import intruders as figures
+    from taskvec.intruders import report
     from taskvec.output import write_json
     from taskvec.tables import write_csv
 
@@ -271,7 +271,7 @@ def _write_scaled(
     precision: str,
     device: torch.device,
 ) -> None:
-    from taskvec.scaledmodel import write_scaled_model
+    from taskvec.intruders.scaled import write_scaled_model
 
     directions = {
         matrix.name: (version.directions, bool(matrix.base["stored_transposed"]))
@@ -320,24 +320,10 @@ def print_result(result: IntruderResult) -> None:
         )
 
 
-def _at_least_one(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: give a number from 1 on")
-    return value
-
-
 def _share(text: str) -> float:
-    value = float(text)
+    value = real(text)
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"{text}: a cosine between 0 and 1 is needed")
-    return value
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text}: not a finite number")
     return value
 
 

@@ -33,8 +33,8 @@ def measure(shape: tuple[int, int], device: torch.device) -> dict[str, Any]:
     """Seconds for one dense analysis, for the base, and for the ten adapters; and agreement."""
     import torch
 
-    from taskvec.basesvd import SvdCache
-    from taskvec.intruders import dense_directions, low_rank_directions
+    from taskvec.intruders.basesvd import SvdCache
+    from taskvec.intruders.directions import dense_directions, low_rank_directions
 
     m, n = shape
     stored = _decaying(m, n)
@@ -44,7 +44,7 @@ def measure(shape: tuple[int, int], device: torch.device) -> dict[str, Any]:
         cache = SvdCache(Path(directory))
         first, base = _timed(lambda: cache.get(stored, W, transposed=False), device)
         again, base = _timed(lambda: cache.get(stored, W, transposed=False), device)
-    U, seconds = None, {"base, first time": first, "base, from the cache": again}
+    seconds = {"base, first time": first, "base, from the cache": again}
 
     def ours() -> list[list[int]]:
         found = [low_rank_directions(base, B, A, 1.0, TOP_K) for B, A in updates]
@@ -54,26 +54,23 @@ def measure(shape: tuple[int, int], device: torch.device) -> dict[str, Any]:
     B, A = updates[-1]
     tuned = W + B @ A
     seconds["one whole model"], _ = _timed(lambda: dense_directions(base, tuned, TOP_K), device)
+    seconds["one dense analysis"], _ = _timed(lambda: _dense_verdict(_left(W), tuned), device)
+    left = _left(W)
+    expected = [_dense_verdict(left, W + B @ A) for B, A in updates]
+    return {"shape": shape, "seconds": seconds, "agree": verdicts == expected}
 
-    def dense() -> torch.Tensor:
-        base_left = torch.linalg.svd(W, full_matrices=False)[0]
-        left = torch.linalg.svd(tuned, full_matrices=False)[0]
-        return (base_left.T @ left[:, :TOP_K]).abs().amax(0)
 
-    seconds["one dense analysis"], similarity = _timed(dense, device)
-    U = torch.linalg.svd(W, full_matrices=False)[0]
-    expected = []
-    for B, A in updates[:-1]:
-        left = torch.linalg.svd(W + B @ A, full_matrices=False)[0][:, :TOP_K]
-        expected.append((U.T @ left).abs().amax(0))
-    expected.append(similarity)
-    agree = verdicts == [[j for j in range(TOP_K) if float(one[j]) < EPSILON] for one in expected]
-    return {
-        "shape": shape,
-        "seconds": seconds,
-        "agree": agree,
-        "intruders": sum(map(len, verdicts)),
-    }
+def _left(matrix: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    left: torch.Tensor = torch.linalg.svd(matrix, full_matrices=False)[0]
+    return left
+
+
+def _dense_verdict(base_left: torch.Tensor, tuned: torch.Tensor) -> list[int]:
+    """Algorithm 1 as the paper writes it down."""
+    similarity = (base_left.T @ _left(tuned)[:, :TOP_K]).abs().amax(0)
+    return [j for j in range(TOP_K) if float(similarity[j]) < EPSILON]
 
 
 def _decaying(m: int, n: int) -> torch.Tensor:
@@ -83,7 +80,8 @@ def _decaying(m: int, n: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     bulk = torch.randn(m, n, generator=generator) * 0.02
     strong = torch.randn(m, 64, generator=generator) * torch.linspace(2.0, 0.3, 64)
-    return bulk + strong @ torch.randn(64, n, generator=generator) * (0.04 / 64**0.5)
+    weight: torch.Tensor = bulk + strong @ torch.randn(64, n, generator=generator) * 0.005
+    return weight
 
 
 def _factors(

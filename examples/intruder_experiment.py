@@ -168,6 +168,7 @@ def _scale(task: Task, label: str, directory: Path) -> list[dict[str, float]]:
             modules=task.target_modules,
             top_k=TOP_K,
             epsilons=EPSILONS,
+            leading=TOP_K,
             device="cpu",
             scale_intruders=scale,
             scaled_model_dir=scaled,

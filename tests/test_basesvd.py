@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from taskvec import basesvd, cli
-from taskvec.basesvd import SvdCache, default_cache_dir, svd_bytes
+from taskvec import cli
+from taskvec.intruders import basesvd
+from taskvec.intruders.basesvd import SvdCache, default_cache_dir, svd_bytes
 from tests.checks import edit_tensors, names
 
 

@@ -181,11 +181,11 @@ def test_the_scaled_model_is_the_formula_and_loads(
     lora = tiny.adapter(base, r=2, lora_alpha=4, scale=0.5)
     merged = tmp_path / "merged"
     peft_merge(base, lora, torch.float32).save_pretrained(merged)
-    version = {"lora_paths": [str(lora)]} if kind == "lora" else {"finetuned_models": [str(merged)]}
     result = script.find_intruders(
         str(base),
         tmp_path / "out",
-        **version,
+        lora_paths=[str(lora)] if kind == "lora" else [],
+        finetuned_models=[str(merged)] if kind == "model" else [],
         epsilons=(0.7,),
         device="cpu",
         scale_intruders=factor,
@@ -290,8 +290,8 @@ def test_what_cannot_be_answered_is_refused(llama, llama_lora, adapter, tiny, tm
         ("--lora_path", lora, str(adapter), "--scale_intruders", "0"): "give one version",
         ("--lora_path", f"={lora}"): "PATH or LABEL=PATH",
         ("--lora_path", lora, "--epsilon", "1.5"): "between 0 and 1",
-        ("--lora_path", lora, "--top_k", "0"): "from 1 on",
-        ("--lora_path", lora, "--scale_intruders", "nan"): "not a finite number",
+        ("--lora_path", lora, "--top_k", "0"): "0 is less than 1",
+        ("--lora_path", lora, "--scale_intruders", "nan"): "nan is not a finite number",
         ("--lora_path", lora, "--output_dir", str(llama)): "input",
     }
     for flags, message in cases.items():

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from taskvec import leading
-from taskvec.basesvd import base_svd
-from taskvec.intruders import dense_directions, low_rank_directions, scaled_rows
-from taskvec.leading import leading_triplets, matrix_operator
+from taskvec.intruders import leading
+from taskvec.intruders.basesvd import base_svd
+from taskvec.intruders.directions import dense_directions, low_rank_directions, scaled_rows
+from taskvec.intruders.leading import leading_triplets, matrix_operator
 
 SHAPES = [(90, 90), (60, 150), (150, 60)]
 

@@ -33,7 +33,7 @@ from taskvec.figures.style import (
     tick_step,
 )
 from taskvec.figures.titles import short_name
-from taskvec.intruder_report import Document, count, epsilon_key
+from taskvec.intruders.report import Document, count, epsilon_key
 
 _COSINES = LinearSegmentedColormap.from_list(
     "cosines", ["#FFFFFF", "#D9CCEB", "#8B63C4", "#2A0B5E"]
@@ -47,7 +47,7 @@ MOST_PANELS, _MOST_ROWS = 8, 40
 def similarity(content: Document, size: int, path: Path) -> Figure:
     """|cos| between the first vectors of base and version, a panel for each version."""
     picture = content["picture"]
-    shown = dict(list(picture["similarity"].items())[:MOST_PANELS])
+    shown = _shown(picture["similarity"])
     columns = min(4, len(shown))
     rows = math.ceil(len(shown) / columns)
     cell = min(2.6, (WIDTH - 2 * MARGIN - 1.6) / columns - 0.42)
@@ -61,12 +61,19 @@ def similarity(content: Document, size: int, path: Path) -> Figure:
         first = epsilon_key(content["settings"]["epsilons"][0])
         _draw_similarity(ax, matrix, entry["intruders"][first])
         ax.set_title(elided(label, 22), size=TEXT, loc="left", pad=12)
-        ax.set_xlabel("j: tuned vector")
+        ax.set_xlabel("j: tuned vector" if place + columns >= len(shown) else "")
         ax.set_ylabel("" if column else "i: base vector")
     bar = page.axes(MARGIN + 0.6 + columns * (cell + 0.42), 0.6, 0.2, cell)
     scale = page.figure.colorbar(ScalarMappable(Normalize(0, 1), _COSINES), cax=bar)
     scale.set_label("|cos(xᵢ, yⱼ)|", size=SMALL)
     return page.save(path)
+
+
+def _shown(similarity: dict[str, Any]) -> dict[str, Any]:
+    """As many versions as there are panels, evenly from the first to the last."""
+    labels = list(similarity)
+    places = np.linspace(0, len(labels) - 1, min(len(labels), MOST_PANELS)).round()
+    return {labels[int(place)]: similarity[labels[int(place)]] for place in places}
 
 
 def _draw_similarity(ax: Axes, matrix: NDArray[np.float64], intruders: list[int]) -> None:
@@ -90,11 +97,11 @@ def _draw_similarity(ax: Axes, matrix: NDArray[np.float64], intruders: list[int]
 def _similarity_finding(content: Document, size: int) -> Finding:
     picture, settings = content["picture"], content["settings"]
     where, epsilon = short_name(picture["matrix"]), settings["epsilons"][0]
-    shown = picture["similarity"]
+    shown = _shown(picture["similarity"])
     note = "Absolute cosines of left singular vectors, in order of their singular values. "
     note += f"Red triangles: intruders among the first {settings['top_k']} (ε = {epsilon:g})."
-    if len(shown) > MOST_PANELS:
-        note += f" The first {MOST_PANELS} of {len(shown)} versions are shown."
+    if len(shown) < len(picture["similarity"]):
+        note += f" {len(shown)} of {len(picture['similarity'])} versions are shown."
     entries = {label: content["versions"][label]["matrices"][picture["matrix"]] for label in shown}
     key = epsilon_key(epsilon)
     most = max(entries, key=lambda label: len(entries[label]["intruders"][key]))

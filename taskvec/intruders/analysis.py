@@ -9,17 +9,17 @@ from typing import Any
 import torch
 
 from taskvec.architecture import place
-from taskvec.basesvd import BaseSVD, SvdCache
 from taskvec.checkpoint import Checkpoint
 from taskvec.cli import UserError
-from taskvec.intruders import (
+from taskvec.intruders.basesvd import BaseSVD, SvdCache
+from taskvec.intruders.directions import (
     EQUAL,
     TunedDirections,
     dense_directions,
     low_rank_directions,
     similarity_picture,
 )
-from taskvec.tuned import Tuned, is_stored_transposed
+from taskvec.intruders.tuned import Tuned, is_stored_transposed
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ import torch
 
 from taskvec import cli
 from taskvec.checkpoint import Checkpoint, read_json_object
-from taskvec.intruders import TunedDirections, scaled_rows
+from taskvec.intruders.directions import TunedDirections, scaled_rows
+from taskvec.intruders.tuned import Tuned
 from taskvec.modelwriter import RowFunction, write_model
 from taskvec.output import output_directory, write_json
 from taskvec.rounding import FORMATS
-from taskvec.tuned import Tuned
 
 MANIFEST = "scaling_manifest.json"
 

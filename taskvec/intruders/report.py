@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from taskvec.intruder_analysis import MatrixFindings, Settings
-from taskvec.intruders import EQUAL
-from taskvec.tuned import Tuned
+from taskvec.intruders.analysis import MatrixFindings, Settings
+from taskvec.intruders.directions import EQUAL
+from taskvec.intruders.tuned import Tuned
 
 Document = dict[str, Any]
 Pictures = Mapping[str, Mapping[str, torch.Tensor]]  # by matrix, by label

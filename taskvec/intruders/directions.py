@@ -26,8 +26,8 @@ from dataclasses import dataclass
 
 import torch
 
-from taskvec.basesvd import BaseSVD
-from taskvec.leading import Operator, Triplets, leading_triplets
+from taskvec.intruders.basesvd import BaseSVD
+from taskvec.intruders.leading import Operator, Triplets, leading_triplets
 
 # Of the largest singular value: closer ones count as equal, smaller ones as zero. Float64 still
 # tells vectors apart to 1e-6 there, and no verdict hangs on less.
