@@ -109,7 +109,9 @@ def run_task(
         "scaled": {
             record["label"]: _scale(task, record["label"], directory)
             for record in records
-            if record["rank"] in scaled_ranks and record["alpha"] == 2 * record["rank"]
+            if record["rank"] in scaled_ranks
+            and record["alpha"] == 2 * record["rank"]
+            and not record["slow"]
         },
     }
     with output_file(directory / RESULT) as partial:
@@ -119,15 +121,22 @@ def run_task(
 
 
 def planned_runs(plan: Plan, ranks: list[int], seed: int) -> list[Run]:
-    """Both schedules of alpha at every rank, one run where they agree, and full fine-tuning."""
+    """Both schedules of alpha at every rank, one run where they agree, and full fine-tuning.
+
+    A step of alpha = 2 rank grows with the rank, so the largest is also trained at a tenth of the
+    learning rate: to tell what the rank does from what the size of the steps does.
+    """
     from intruder_runs import Run
 
+    rate, target, most = plan.lora_rate, plan.target, plan.most_steps
     runs = [
-        Run(rank, alpha, plan.lora_rate, plan.target, plan.most_steps, seed=seed)
+        Run(rank, alpha, rate, target, most, seed=seed)
         for rank in ranks
         for alpha in dict.fromkeys((2 * rank, FIXED_ALPHA))
     ]
-    return [*runs, Run(0, 0, plan.full_rate, plan.target, plan.most_steps, seed=seed)]
+    top = max(ranks)
+    slow = Run(top, 2 * top, rate / 10, target, 4 * most, seed=seed, slow=True)
+    return [*runs, slow, Run(0, 0, plan.full_rate, target, most, seed=seed)]
 
 
 def _count_intruders(task: Task, records: list[dict[str, Any]], directory: Path) -> dict[str, Any]:

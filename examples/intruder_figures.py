@@ -28,6 +28,9 @@ _SCHEDULES: dict[str, dict[str, Any]] = {
     "α = 8": {"color": BLUE, "marker": "s", "linestyle": "--"},
 }
 _FULL: dict[str, Any] = {"color": RED, "marker": "^", "linestyle": ":"}
+_SLOW: dict[str, Any] = {
+    "color": PURPLE, "marker": "o", "linestyle": "", "markerfacecolor": "white",
+}  # fmt: skip
 _RAMP = ("#B79BDD", "#54278F", "#1F0542", "#8B63C4")
 
 
@@ -42,10 +45,13 @@ def draw(content: dict[str, Any], path: Path) -> Figure:
     _draw_scales(axes[2], content)
     handles = [
         *(Line2D([], [], label=label, **look) for label, look in _SCHEDULES.items()),
+        Line2D(
+            [], [], label=f"α = 2r at r = {_slow(content)['rank']}, a tenth of the rate", **_SLOW
+        ),
         Line2D([], [], label="full fine-tuning", **_FULL),
     ]
     where = {"loc": "lower left", "bbox_to_anchor": ((MARGIN + 0.5) / WIDTH, 0)}
-    page.figure.legend(handles=handles, ncols=3, **where)
+    page.figure.legend(handles=handles, ncols=4, **where)
     return page.save(path)
 
 
@@ -53,7 +59,9 @@ def _schedule(content: dict[str, Any], name: str) -> list[dict[str, Any]]:
     return [
         run
         for run in content["runs"]
-        if run["rank"] and run["alpha"] == (2 * run["rank"] if name == "α = 2r" else 8)
+        if run["rank"]
+        and run["alpha"] == (2 * run["rank"] if name == "α = 2r" else 8)
+        and not run["slow"]
     ]
 
 
@@ -65,10 +73,17 @@ def _intruders(run: dict[str, Any]) -> int:
     return int(next(iter(run["intruders"].values())))
 
 
+def _slow(content: dict[str, Any]) -> dict[str, Any]:
+    """The run of the largest rank at a tenth of the learning rate."""
+    return next(run for run in content["runs"] if run["slow"])
+
+
 def _draw_ranks(ax: Axes, content: dict[str, Any]) -> None:
     for name, look in _SCHEDULES.items():
         runs = _schedule(content, name)
         ax.plot([run["rank"] for run in runs], [_intruders(run) for run in runs], **look)
+    slow = _slow(content)
+    ax.plot(slow["rank"], _intruders(slow), **_SLOW)
     ax.axhline(_intruders(_full(content)), color=RED, linestyle=":")
     ranks = sorted({run["rank"] for run in content["runs"] if run["rank"]})
     ax.set_xscale("log", base=2)
@@ -89,7 +104,8 @@ def _draw_forgetting(ax: Axes, content: dict[str, Any]) -> None:
             ax.annotate(
                 str(run["rank"]), point, xytext=(4, 3), textcoords="offset points", size=SMALL - 1.5
             )
-    full = _full(content)
+    slow, full = _slow(content), _full(content)
+    ax.plot(_intruders(slow), slow["pretraining_loss"] - base, **_SLOW)
     ax.plot(_intruders(full), full["pretraining_loss"] - base, **{**_FULL, "linestyle": ""})
     ax.set(xlabel="intruder dimensions", ylabel="rise of the pre-training loss")
     ax.set_ylim(bottom=0)

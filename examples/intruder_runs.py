@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from intruder_tasks import Task
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from taskvec import cli
@@ -31,6 +31,7 @@ class Run:
         target: the held-out loss at which training ends.
         most_steps: and the number of steps at which it ends at the latest.
         check_every: how many steps lie between two looks at the held-out loss.
+        slow: the learning rate is a tenth of the other runs'.
     """
 
     rank: int
@@ -40,10 +41,12 @@ class Run:
     most_steps: int
     check_every: int = 10
     seed: int = 0
+    slow: bool = False
 
     @property
     def label(self) -> str:
-        return f"r{self.rank}_alpha{self.alpha}" if self.rank else "full"
+        name = f"r{self.rank}_alpha{self.alpha}" if self.rank else "full"
+        return f"{name}_slow" if self.slow else name
 
 
 def train_run(task: Task, run: Run, directory: Path) -> dict[str, Any]:
@@ -80,16 +83,8 @@ def train_run(task: Task, run: Run, directory: Path) -> dict[str, Any]:
     return record
 
 
-def load_run(task: Task, directory: Path) -> Any:
-    """The fine-tuned model as it left training; the task's head becomes the one trained with it."""
-    load_head(task, directory)
-    run = read_json_object(directory / RUN_FILE)
-    if run["rank"] == 0:
-        return task.load(str(directory / MODEL_DIR))
-    return PeftModel.from_pretrained(task.load(str(task.base)), directory / MODEL_DIR)
-
-
 def load_head(task: Task, directory: Path) -> None:
+    """The task's head becomes the one that was trained with a run."""
     if task.head is not None:
         task.head.load_state_dict(load_file(directory / HEAD_FILE))
 

@@ -340,3 +340,62 @@ def test_a_gpu_gives_the_same_verdicts(no_figures, found, llama, adapter, merged
         for name, entry in version["matrices"].items():
             theirs = result.document["versions"][label]["matrices"][name]
             assert theirs["intruders"] == entry["intruders"]
+
+
+# Figures
+
+
+def texts(figure):
+    return (
+        " ".join(text.get_text() for text in figure.texts).replace("\n", " ").replace("\xa0", " ")
+    )
+
+
+def test_the_figures_say_what_the_document_says(found, tmp_path):
+    from taskvec.figures import intruders as figures
+
+    content = found.document
+    total = sum(v["intruders"]["0.6"] for v in content["summary"]["versions"].values())
+    figure = figures.places(content, tmp_path / "places.png")
+    assert f"{total} intruder dimensions in 6 matrices of 3 versions" in texts(figure)
+    figure = figures.counts(content, tmp_path / "counts.png")
+    lines = {line.get_label(): line for line in figure.axes[0].get_lines()}
+    for label, version in content["summary"]["versions"].items():
+        at = list(lines[label].get_xdata()).index(pytest.approx(0.6))
+        assert lines[label].get_ydata()[at] == version["intruders"]["0.6"]
+    figure = figures.similarity(content, 6, tmp_path / "similarity.png")
+    panels = [ax for ax in figure.axes if ax.get_images()]
+    assert [ax.get_title(loc="left") for ax in panels] == ["small", "large", "merged"]
+    picture = content["picture"]
+    drawn = panels[1].get_images()[0].get_array()
+    np.testing.assert_allclose(drawn, np.array(picture["similarity"]["large"])[:6, :6])
+    marks = panels[1].get_lines()[0].get_xdata()
+    entry = content["versions"]["large"]["matrices"][picture["matrix"]]
+    assert list(marks) == entry["intruders"]["0.6"] and len(marks) > 0
+
+
+def test_many_versions_and_no_intruders_can_be_drawn(found, tmp_path):
+    import copy
+
+    from taskvec.figures import intruders as figures
+
+    content = copy.deepcopy(found.document)
+    small = content["versions"]["small"]
+    labels = [f"a rather long name of version number {number}" for number in range(14)]
+    content["versions"] = dict.fromkeys(labels, small)
+    content["summary"]["versions"] = dict.fromkeys(labels, found.summary["versions"]["small"])
+    content["picture"]["similarity"] = dict.fromkeys(
+        labels, content["picture"]["similarity"]["small"]
+    )
+    figure = figures.similarity(content, 20, tmp_path / "similarity.png")
+    assert "8 of 14 versions are shown" in texts(figure) and "is not shifted" in texts(figure)
+    titles = [ax.get_title(loc="left") for ax in figure.axes if ax.get_images()]
+    assert len(titles) == 8
+    figure = figures.similarity(content, 6, tmp_path / "similarity.png")
+    assert "every leading direction resembles one of the base's" in texts(figure)
+    assert "No intruder dimension in 6 matrices" in texts(
+        figures.places(content, tmp_path / "places.png")
+    )
+    assert "All versions have 0 intruders" in texts(
+        figures.counts(content, tmp_path / "counts.png")
+    )
