@@ -217,6 +217,7 @@ def _analyze(
     names = [
         name for name in linear_weights(base, modules) if any(one.changes(name) for one in tuned)
     ]
+    _say_what_is_left_out(base, tuned)
     if not names:
         raise cli.UserError("no version changes any of these linear layers; check --modules")
     directory = default_cache_dir() if cache_dir is None else Path(cache_dir)
@@ -238,6 +239,18 @@ def _analyze(
     if not found:
         raise cli.UserError(f"no linear layer differs from {base.source}'s")
     return found
+
+
+def _say_what_is_left_out(base: Checkpoint, tuned: Sequence[Tuned]) -> None:
+    """An adapter may also change what has no singular vectors to compare, or is no linear layer."""
+    from taskvec.intruders.tuned import linear_weights
+    from taskvec.wording import listed
+
+    linear = set(linear_weights(base, None))
+    for one in tuned:
+        others = [name for name in one.parameters if name not in linear]
+        if one.kind == "lora" and others:
+            cli.notice(f"{one.label} also changes {listed(others)}: no linear layer, left out.")
 
 
 def _write(

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import torch
 
 from taskvec.intruders.basesvd import BaseSVD
-from taskvec.intruders.leading import Operator, Triplets, leading_triplets
+from taskvec.intruders.leading import Operator, Triplets, leading_triplets, matrix_operator
 
 # Of the largest singular value: closer ones count as equal, smaller ones as zero. Float64 still
 # tells vectors apart to 1e-6 there, and no verdict hangs on less.
@@ -92,7 +92,8 @@ def low_rank_directions(
         (m, n),
         lambda x: product(x, m, into_left, into_right),
         lambda y: product(y, n, into_right, into_left),
-        torch.eye(n, min(n, p), dtype=torch.float64, device=B.device),
+        lambda columns: torch.eye(n, columns, dtype=torch.float64, device=B.device),
+        B.device,
     )
     found = _whole_groups(operator, count)
     left = base.left @ found.left[:p] + more_left @ found.left[p:]
@@ -105,11 +106,10 @@ def low_rank_directions(
 
 def dense_directions(base: BaseSVD, tuned: torch.Tensor, count: int) -> TunedDirections:
     """The directions of any tuned matrix. tuned: (m, n) float64; otherwise as above."""
-    m, n = tuned.shape
-    operator = Operator((m, n), lambda x: tuned @ x, lambda y: tuned.T @ y, base.right)
-    found = _whole_groups(operator, count)
+    found = _whole_groups(matrix_operator(tuned, base.right), count)
     coordinates = base.left.T @ found.left
-    rest = found.left - base.left @ coordinates if m > n else found.left[:0]
+    tall = tuned.shape[0] > tuned.shape[1]
+    rest = found.left - base.left @ coordinates if tall else found.left[:0]
     return _directions(base, found, coordinates, torch.linalg.vector_norm(rest, dim=0), count)
 
 

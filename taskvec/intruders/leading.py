@@ -29,14 +29,16 @@ class Operator:
     Attributes:
         apply: X (n, b) -> A X (m, b), float64.
         adjoint: Y (m, b) -> A^T Y (n, b), float64.
-        start: (n, b) with at least as many columns as are wanted + 8: where its leading right
-            singular vectors are suspected; orthonormal or nearly so.
+        start: b -> (n, b) orthonormal columns: where its leading right singular vectors are
+            suspected; b is at most a fraction of min(m, n).
+        device: where its factors are.
     """
 
     shape: tuple[int, int]
     apply: Product
     adjoint: Product
-    start: torch.Tensor
+    start: Callable[[int], torch.Tensor]
+    device: torch.device
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,15 @@ class Triplets:
     right: torch.Tensor
 
 
-def matrix_operator(matrix: torch.Tensor, start: torch.Tensor) -> Operator:
-    """`Operator` of a float64 matrix in memory."""
-    m, n = matrix.shape
-    return Operator((m, n), lambda x: matrix @ x, lambda y: matrix.T @ y, start)
+def matrix_operator(matrix: torch.Tensor, suspected: torch.Tensor) -> Operator:
+    """`Operator` of a float64 matrix in memory; suspected: right singular vectors, in order."""
+    return Operator(
+        (matrix.shape[0], matrix.shape[1]),
+        lambda x: matrix @ x,
+        lambda y: matrix.T @ y,
+        lambda columns: suspected[:, :columns],
+        matrix.device,
+    )
 
 
 def leading_triplets(operator: Operator, count: int) -> Triplets:
@@ -71,7 +78,7 @@ def leading_triplets(operator: Operator, count: int) -> Triplets:
     if min(operator.shape) <= max(DENSE_SIDE, width * _STEPS):
         return _dense(operator, count)
     generator = torch.Generator().manual_seed(0)
-    block = _shaken(operator.start[:, :width], generator)
+    block = _shaken(operator.start(width), generator)
     for _ in range(_RESTARTS):
         found, residuals, block = _round(operator, block, count)
         if bool((residuals <= RESIDUAL * found.values[0]).all()):
@@ -117,7 +124,6 @@ def _new_directions(block: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
 
 
 def _dense(operator: Operator, count: int) -> Triplets:
-    start = operator.start
-    identity = torch.eye(operator.shape[1], dtype=torch.float64, device=start.device)
+    identity = torch.eye(operator.shape[1], dtype=torch.float64, device=operator.device)
     left, values, right = torch.linalg.svd(operator.apply(identity), full_matrices=False)
     return Triplets(left[:, :count], values[:count], right[:count].T)

@@ -55,9 +55,16 @@ class Tuned:
         """What it is read from."""
         return [self.version.path] if isinstance(self.version, Adapter) else self.version.paths
 
+    @property
+    def parameters(self) -> list[str]:
+        """Those that may differ from the base's; of a model only its values can tell."""
+        if isinstance(self.version, Adapter):
+            return self.version.parameters
+        return list(self.base.tensors)
+
     def changes(self, name: str) -> bool:
-        """Whether a parameter may differ from the base's; of a model only its values can tell."""
-        return not isinstance(self.version, Adapter) or name in self.version.scalings
+        """Whether a parameter may differ from the base's."""
+        return name in self.parameters
 
     def factors(self, name: str, device: torch.device) -> Factors | None:
         """The low-rank update of a parameter, or None where it is not known as one."""
