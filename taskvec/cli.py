@@ -175,7 +175,7 @@ def parse_args(
     if args.config is not None:
         command = [argv.pop(0)] if has_commands else []
         described = _commands(parser).choices[command[0]] if command else parser
-        flags = _config_as_flags(described, Path(args.config))
+        flags = _config_as_flags(described, Path(args.config), args)
         # A list of values ends where the next flag begins, not at a word of the command line.
         args = parser.parse_args([*command, *flags, f"--config={args.config}", *argv])
     _quiet = args.quiet
@@ -294,8 +294,14 @@ def _printable(text: str) -> str:
     return "".join("?" if category(x)[0] == "C" and x != "\n" else x for x in text)
 
 
-def _config_as_flags(parser: argparse.ArgumentParser, path: Path) -> list[str]:
-    """A YAML mapping as command-line words, so that argparse checks types and choices alike."""
+def _config_as_flags(
+    parser: argparse.ArgumentParser, path: Path, given: argparse.Namespace
+) -> list[str]:
+    """A YAML mapping as command-line words, so that argparse checks types and choices alike.
+
+    A flag that collects its values would join the file's with those ``given`` on the command line,
+    which win: the file's are left out.
+    """
     from taskvec.configfile import read_flags
 
     flags = {
@@ -309,7 +315,9 @@ def _config_as_flags(parser: argparse.ArgumentParser, path: Path) -> list[str]:
         if key not in flags:
             near = difflib.get_close_matches(str(key), flags, n=1, cutoff=0.0)
             raise UserError(f"{path}: unknown key {key!r}; did you mean {near[0]!r}?")
-        words += _as_flag(path, key, value, flags[key])
+        collects = isinstance(flags[key], argparse._ExtendAction)
+        if not (collects and getattr(given, flags[key].dest)):
+            words += _as_flag(path, key, value, flags[key])
     return words
 
 

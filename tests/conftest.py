@@ -21,6 +21,7 @@ _HF_HOME = tempfile.TemporaryDirectory(prefix="hf-home-")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.update(
     HF_HOME=_HF_HOME.name,
+    XDG_CACHE_HOME=_HF_HOME.name,
     HF_HUB_OFFLINE="1",
     HF_HUB_DISABLE_PROGRESS_BARS="1",
     TRANSFORMERS_VERBOSITY="error",

@@ -1,0 +1,1 @@
+"""Intruder dimensions: what fine-tuning added that the base does not have."""

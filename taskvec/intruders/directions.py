@@ -1,0 +1,286 @@
+"""Intruder dimensions: leading directions of a fine-tuned matrix that its base does not have.
+
+Shuttleworth, Andreas, Torralba and Sharma, LoRA vs full fine-tuning: an illusion of equivalence,
+arXiv 2410.21228, Definition 3.1 and Algorithm 1: a left singular vector y_j of the tuned matrix,
+among its first k, is an intruder where max_i |cos(y_j, x_i)| < epsilon over all left singular
+vectors x_i of the base matrix.
+
+What the definition leaves open is settled so:
+
+- Singular vectors whose singular values are equal (closer than 1e-8 of the largest) are arbitrary
+  within the space that they span. A vector's cosine with such a space is that with the nearest
+  vector in it, and of a tuned space those vectors are taken that lie nearest to the base's, so that
+  no verdict depends on which basis LAPACK happened to return.
+- Output directions in which the base does nothing (W^T x = 0) are no direction of the base: any
+  vector among them could be called a singular vector, and then nothing new could be found there.
+  They are left out of the maximum, and ``outside`` says how much of y_j lies there. This concerns
+  tall matrices, whose U does not span all outputs, and those of deficient rank.
+
+Everything is float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from taskvec.intruders.basesvd import BaseSVD
+from taskvec.intruders.leading import Operator, Triplets, leading_triplets, matrix_operator
+
+# Of the largest singular value: closer ones count as equal, smaller ones as zero. Float64 still
+# tells vectors apart to 1e-6 there, and no verdict hangs on less.
+EQUAL = 1e-8
+_BEYOND = 4  # triplets beyond those wanted, to see where a group of equal ones ends
+
+
+@dataclass(frozen=True)
+class TunedDirections:
+    """The first L singular triplets of a tuned matrix, seen from its base.
+
+    Attributes:
+        values: (L,) singular values; fewer than asked for where the matrix has no more.
+        coordinates: (p, L) cosines of y_j with every base vector x_i, signed.
+        similarity: (L,) max_i |cos(y_j, x_i)|, as the module's text defines it.
+        nearest: (L,) the i, counted from 0, at which it is attained; the first of equal ones.
+        outside: (L,) ‖part of y_j where the base does nothing‖.
+        left: (m, L) y_j, and right: (n, L), the right singular vectors.
+    """
+
+    values: torch.Tensor
+    coordinates: torch.Tensor
+    similarity: torch.Tensor
+    nearest: torch.Tensor
+    outside: torch.Tensor
+    left: torch.Tensor
+    right: torch.Tensor
+
+    def intruders(self, epsilon: float, top_k: int) -> list[int]:
+        """Which of the first ``top_k`` are intruders, counted from 0."""
+        below = self.similarity[:top_k] < epsilon
+        return [int(j) for j in torch.nonzero(below).flatten()]
+
+
+def low_rank_directions(
+    base: BaseSVD, B: torch.Tensor, A: torch.Tensor, scaling: float, count: int
+) -> TunedDirections:
+    """The directions of W + s B A, in the base's own coordinates.
+
+    U^T (W + s B A) V = S + s (U^T B)(A V): a diagonal and a product of rank r, of which a
+    multiplication costs O((m + n) r). Where B reaches outputs that U does not span, or A inputs
+    that V does not, an orthonormal basis of what is missing is added.
+
+    Args:
+        base: of W (m, n).
+        B: (m, r), A: (r, n), float64.
+        scaling: s.
+        count: L.
+    """
+    more_left, into_left = _coordinates_of(base.left, B * scaling)
+    more_right, into_right = _coordinates_of(base.right, A.T)
+    p = len(base.values)
+    diagonal = base.values[:, None]
+
+    def product(x: torch.Tensor, rows: int, near: torch.Tensor, far: torch.Tensor) -> torch.Tensor:
+        image = near @ (far.T @ x)
+        image[:p] += diagonal * x[:p]
+        return image
+
+    m, n = len(into_left), len(into_right)
+    operator = Operator(
+        (m, n),
+        lambda x: product(x, m, into_left, into_right),
+        lambda y: product(y, n, into_right, into_left),
+        lambda columns: torch.eye(n, columns, dtype=torch.float64, device=B.device),
+        B.device,
+    )
+    found = _whole_groups(operator, count)
+    left = base.left @ found.left[:p] + more_left @ found.left[p:]
+    right = base.right @ found.right[:p] + more_right @ found.right[p:]
+    beyond = torch.linalg.vector_norm(found.left[p:], dim=0)
+    return _directions(
+        base, Triplets(left, found.values, right), found.left[:p].clone(), beyond, count
+    )
+
+
+def dense_directions(base: BaseSVD, tuned: torch.Tensor, count: int) -> TunedDirections:
+    """The directions of any tuned matrix. tuned: (m, n) float64; otherwise as above."""
+    found = _whole_groups(matrix_operator(tuned, base.right), count)
+    coordinates = base.left.T @ found.left
+    tall = tuned.shape[0] > tuned.shape[1]
+    rest = found.left - base.left @ coordinates if tall else found.left[:0]
+    return _directions(base, found, coordinates, torch.linalg.vector_norm(rest, dim=0), count)
+
+
+def _coordinates_of(
+    basis: torch.Tensor, columns: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a basis (d, p) lacks to span some columns (d, r), and their coordinates in both."""
+    inside = basis.T @ columns
+    if basis.shape[0] == basis.shape[1]:
+        return basis[:, :0], inside
+    more, rest = torch.linalg.qr(columns - basis @ inside)
+    more, again = torch.linalg.qr(more - basis @ (basis.T @ more))
+    return more, torch.cat([inside, again @ rest])
+
+
+def _whole_groups(operator: Operator, count: int) -> Triplets:
+    """At least the first ``count`` triplets, cut where a group of equal singular values ends.
+
+    Those that are zero are left out: their vectors are no directions of the matrix.
+    """
+    most = min(operator.shape)
+    wanted = min(count + _BEYOND, most)
+    while True:
+        found = leading_triplets(operator, wanted)
+        values = found.values
+        gaps = (-values.diff() > EQUAL * values[0]).nonzero().flatten() + 1
+        ends = [int(end) for end in gaps if end >= count]
+        if ends or wanted == most:
+            break
+        wanted = min(2 * wanted, most)
+    cut = ends[0] if ends else wanted
+    cut = min(cut, int((values > EQUAL * values[0]).sum()))
+    return Triplets(found.left[:, :cut], values[:cut], found.right[:, :cut])
+
+
+def _directions(
+    base: BaseSVD,
+    found: Triplets,
+    coordinates: torch.Tensor,
+    beyond: torch.Tensor,
+    count: int,
+) -> TunedDirections:
+    """Similarities, with the basis of every group of equal tuned values turned towards the base.
+
+    Args:
+        coordinates: (p, L') in the base's basis; beyond: (L',) norms of what that does not span.
+    """
+    groups = equal_groups(base.values)
+    null = base.values <= EQUAL * base.values[:1]
+    left, right = found.left.clone(), found.right.clone()
+    for start, stop in _runs(found.values):
+        if stop - start > 1:
+            turn = _towards_base(coordinates[:, start:stop], groups, null)
+            for columns in (coordinates, left, right):
+                columns[:, start:stop] = columns[:, start:stop] @ turn
+            beyond[start:stop] = _norms_after(beyond[start:stop], coordinates[:, start:stop])
+    similarity, nearest = _similarity(coordinates, groups, null)
+    outside = torch.sqrt(beyond**2 + (coordinates[null] ** 2).sum(0)).clamp(max=1.0)
+    kept = slice(0, min(count, len(found.values)))
+    return TunedDirections(
+        values=found.values[kept],
+        coordinates=coordinates[:, kept],
+        similarity=similarity[kept],
+        nearest=nearest[kept],
+        outside=outside[kept],
+        left=left[:, kept],
+        right=right[:, kept],
+    )
+
+
+def _norms_after(beyond: torch.Tensor, coordinates: torch.Tensor) -> torch.Tensor:
+    """Norms of the parts beyond the base's basis, of vectors that were turned among themselves."""
+    if not bool(beyond.any()):
+        return beyond
+    return torch.sqrt((1 - (coordinates**2).sum(0)).clamp(min=0.0))
+
+
+def equal_groups(values: torch.Tensor) -> torch.Tensor:
+    """(p,) the number of the group of equal values that each one belongs to; values descending."""
+    if not len(values):
+        return torch.zeros(0, dtype=torch.int64, device=values.device)
+    apart = (-values.diff() > EQUAL * values[0]).long()
+    return torch.cat([apart.new_zeros(1), apart.cumsum(0)])
+
+
+def _runs(values: torch.Tensor) -> list[tuple[int, int]]:
+    """(start, stop) of every group of equal values."""
+    sizes = equal_groups(values).bincount().tolist() if len(values) else []
+    stops = torch.tensor(sizes).cumsum(0).tolist()
+    return [(stop - size, stop) for size, stop in zip(sizes, stops, strict=True)]
+
+
+def _similarity(
+    coordinates: torch.Tensor, groups: torch.Tensor, null: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """max over the base's groups of ‖coordinates within the group‖, and the group's first index."""
+    columns = coordinates.shape[1]
+    squares = torch.where(null[:, None], 0.0, coordinates**2)
+    if not len(groups):
+        zeros = coordinates.new_zeros(columns)
+        return zeros, zeros.long()
+    sums = squares.new_zeros(int(groups[-1]) + 1, columns)
+    sums.index_add_(0, groups, squares)
+    best, group = sums.max(0)
+    first = torch.searchsorted(groups, group)
+    return best.sqrt().clamp(max=1.0), first
+
+
+def _towards_base(
+    coordinates: torch.Tensor, groups: torch.Tensor, null: torch.Tensor
+) -> torch.Tensor:
+    """The basis of a tuned space (coordinates (p, c)) that lies nearest to the base's directions.
+
+    Greedily: the vector of the space with the largest cosine to any base direction, then the same
+    of what is left of the space. Returns the rotation (c, c).
+    """
+    size = coordinates.shape[1]
+    left_over = torch.eye(size, dtype=torch.float64, device=coordinates.device)
+    chosen: list[torch.Tensor] = []
+    while left_over.shape[1] > 1:
+        rest = torch.where(null[:, None], 0.0, coordinates @ left_over)
+        weight, vector = _nearest_vector(rest, groups)
+        if weight == 0:
+            break
+        chosen.append(left_over @ vector[:, None])
+        complement = torch.linalg.qr(vector[:, None], mode="complete").Q[:, 1:]
+        left_over = left_over @ complement
+    return torch.cat([*chosen, left_over], 1)
+
+
+def _nearest_vector(rest: torch.Tensor, groups: torch.Tensor) -> tuple[float, torch.Tensor]:
+    """max over groups g of ‖rest[g]‖_2, and the right singular vector that attains it."""
+    counts = groups.bincount()
+    single = counts[groups] == 1
+    norms = torch.where(single, torch.linalg.vector_norm(rest, dim=1), 0.0)
+    row = int(norms.argmax())
+    best = float(norms[row])
+    vector = rest[row] / best if best else rest[row]
+    for group in (counts > 1).nonzero().flatten():
+        values, right = torch.linalg.svd(rest[groups == group], full_matrices=False)[1:]
+        if float(values[0]) > best:
+            best, vector = float(values[0]), right[0]
+    return best, vector
+
+
+def similarity_picture(directions: TunedDirections, size: int) -> torch.Tensor:
+    """|cos(x_i, y_j)| of the first vectors of both: row i, column j, up to ``size`` of each."""
+    return directions.coordinates[:size, :size].abs()
+
+
+def scaled_rows(
+    directions: TunedDirections,
+    chosen: Sequence[int],
+    factor: float,
+    rows: slice,
+    *,
+    transposed: bool,
+) -> torch.Tensor:
+    """Rows of (factor - 1) * sum_j sigma_j u_j v_j^T over the chosen triplets, float64.
+
+    Added to the tuned matrix this scales its intruders (arXiv 2410.21228, the intervention on
+    intruder dimensions).
+
+    Args:
+        rows: of the parameter as stored.
+        transposed: the parameter is stored (in, out).
+    """
+    left, right = directions.left, directions.right
+    if transposed:
+        left, right = right, left
+    columns = torch.tensor(list(chosen), device=left.device)
+    scaled = left[rows][:, columns] * ((factor - 1.0) * directions.values[columns])
+    product: torch.Tensor = scaled @ right[:, columns].T
+    return product
