@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from taskvec import cli
+from taskvec import cli, processes
 
 if TYPE_CHECKING:  # torch is loaded only when there is work to do: --help stays fast
     import torch
@@ -122,10 +122,11 @@ def extract(
             magnitudes = for_each(
                 lambda info: _extract_tensor(vector, base, info, writer, torch_device, bar),
                 tensors.values(),
+                cost=lambda info: info.nbytes,
             )
         found = dict(zip(tensors, magnitudes, strict=True))
         summary = summarise(tensors, found, metadata)
-        write_json(partial / SUMMARY, summary)
+        processes.by_main(lambda: write_json(partial / SUMMARY, summary))
     if summary["non_finite_elements"]:
         cli.notice(f"⚠️ {summary['non_finite_elements']} elements are NaN or infinite.")
     return ExtractResult(target, summary["total_parameters"], summary["nonzero_parameters"])
@@ -215,7 +216,7 @@ def _body(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.run(build_parser(), _body, argv)
+    return cli.run(build_parser(), _body, argv, shared=True)
 
 
 if __name__ == "__main__":

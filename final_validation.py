@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from compare_lora_task_vector import ComparisonResult, compare
 from extract_task_vectors import extract
 from merge_lora import merge
-from taskvec import cli
+from taskvec import cli, processes
 
 if TYPE_CHECKING:  # torch is loaded only when there is work to do: --help stays fast
     from taskvec.behaviour import Agreement
@@ -138,7 +138,8 @@ def validate(
     if task_vector_path and finetuned_model:
         raise cli.UserError("give either --task_vector_path or --finetuned_model, not both")
     given = task_vector_path is not None or finetuned_model is not None
-    _check_inputs(base_model, lora_path, revision, target, () if given else precisions)
+    made = () if given else precisions
+    processes.by_main(lambda: _check_inputs(base_model, lora_path, revision, target, made))
     device = str(cli.pick_device(device))
     common = {"device": device, "revision": revision}
     if given:
@@ -147,20 +148,25 @@ def validate(
         ]
     else:
         subjects = _make_and_judge(base_model, lora_path, target, precisions, rounding, common)
-    _step(4, "Weigh what each precision keeps")
-    _draw_precisions(subjects, target)
-    _step(5, "Compare behaviour on prompts")
-    checked: dict[str, Any] = {"skipped": "switched off (--no-behaviour)"}
-    if behaviour:
-        checked = _behaviour(base_model, lora_path, subjects, prompts, device, revision)
-    if "skipped" in checked:
-        cli.detail(f"      skipped: {checked['skipped']}")
-    _step(6, "Write the report")
-    document = _document(base_model, lora_path, subjects, checked)
-    with output_file(target / SUMMARY) as partial:
-        write_json(partial, document)
-    with output_file(target / REPORT) as partial:
-        partial.write_text(validation_report(document), encoding="utf-8")
+
+    def conclude() -> dict[str, Any]:
+        _step(4, "Weigh what each precision keeps")
+        _draw_precisions(subjects, target)
+        _step(5, "Compare behaviour on prompts")
+        checked: dict[str, Any] = {"skipped": "switched off (--no-behaviour)"}
+        if behaviour:
+            checked = _behaviour(base_model, lora_path, subjects, prompts, device, revision)
+        if "skipped" in checked:
+            cli.detail(f"      skipped: {checked['skipped']}")
+        _step(6, "Write the report")
+        document = _document(base_model, lora_path, subjects, checked)
+        with output_file(target / SUMMARY) as partial:
+            write_json(partial, document)
+        with output_file(target / REPORT) as partial:
+            partial.write_text(validation_report(document), encoding="utf-8")
+        return document
+
+    document = processes.by_main(conclude)
     return ValidationResult(target, document)
 
 
@@ -444,7 +450,7 @@ def _body(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.run(build_parser(), _body, argv)
+    return cli.run(build_parser(), _body, argv, shared=True)
 
 
 if __name__ == "__main__":

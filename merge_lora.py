@@ -14,9 +14,9 @@ import argparse
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from taskvec import cli
+from taskvec import cli, processes
 
 if TYPE_CHECKING:  # torch is loaded only when there is work to do: --help stays fast
     import torch
@@ -94,7 +94,7 @@ def merge(
     from taskvec.adapter import open_adapter
     from taskvec.checkpoint import open_checkpoint
     from taskvec.modelwriter import write_model
-    from taskvec.output import output_directory, write_json
+    from taskvec.output import output_directory
     from taskvec.rounding import FORMATS, ROUNDINGS
 
     target, format, recipe = Path(output_dir), FORMATS[precision], ROUNDINGS[rounding]
@@ -113,8 +113,7 @@ def merge(
             max_shard_size=max_shard_size,
             bar=bar,
         )
-        files = sorted([MANIFEST, *(path.name for path in partial.iterdir())])
-        write_json(partial / MANIFEST, _manifest(base, adapter, precision, rounding, files))
+        processes.by_main(lambda: _write_manifest(partial, base, adapter, precision, rounding))
         changed = adapter.parameters
     return MergeResult(target, precision, changed, sum(shard.nbytes for shard in shards))
 
@@ -145,14 +144,15 @@ def _merged_rows(
     return rows
 
 
-def _manifest(
-    base: Checkpoint, adapter: Adapter, precision: str, rounding: str, files: list[str]
-) -> dict[str, Any]:
+def _write_manifest(
+    directory: Path, base: Checkpoint, adapter: Adapter, precision: str, rounding: str
+) -> None:
     import torch
 
     from taskvec.checkpoint import file_sha256
+    from taskvec.output import write_json
 
-    return {
+    content = {
         "adapter": {path.name: {"sha256": file_sha256(path)} for path in adapter.files},
         "base": base.identity(),
         "precision": precision,
@@ -160,8 +160,9 @@ def _manifest(
         "scaling": adapter.scalings,
         "parameters_changed": len(adapter.scalings),
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
-        "files": files,
+        "files": sorted([MANIFEST, *(path.name for path in directory.iterdir())]),
     }
+    write_json(directory / MANIFEST, content)
 
 
 def _body(args: argparse.Namespace) -> int:
@@ -182,7 +183,7 @@ def _body(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.run(build_parser(), _body, argv)
+    return cli.run(build_parser(), _body, argv, shared=True)
 
 
 if __name__ == "__main__":

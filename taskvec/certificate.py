@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -124,6 +125,10 @@ class ParameterCertificate:
         self.changed_by_update = 0
         self.ulp_histogram = torch.zeros(ULP_BINS + 1, dtype=torch.int64)
         self.bound_histogram = torch.zeros(ULP_BINS + 1, dtype=torch.int64)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What was found is what another process is told, not the adapter's factors."""
+        return {**self.__dict__, "update": None}
 
     @property
     def tally(self) -> FamilyTally:

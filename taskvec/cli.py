@@ -20,6 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from taskvec import processes
+
 if TYPE_CHECKING:
     import torch
     from tqdm import tqdm
@@ -105,15 +107,27 @@ def run(
     parser: argparse.ArgumentParser,
     body: Callable[[argparse.Namespace], int],
     argv: list[str] | None = None,
+    *,
+    shared: bool = False,
 ) -> int:
-    """Parse and do the work; a user's mistake or a failing disk is one line and status 2."""
+    """Parse and do the work; a user's mistake or a failing disk is one line and status 2.
+
+    Args:
+        shared: the script's work can be shared by several processes, where a launcher has started
+            them (`taskvec.processes`). The main one prints.
+    """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal without emoji shows '?', not a traceback
             stream.reconfigure(errors="replace")
     try:
-        return body(parse_args(parser, argv))
+        args = parse_args(parser, argv)
+        if shared:
+            processes.join()
+        return body(args)
     except UserError as error:
         return _fail(parser, str(error))
+    except processes.LostProcessError as error:
+        return _fail(parser, str(error), always=True)
     except BrokenPipeError:  # the reader of a pipe (`| head`) has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
@@ -121,31 +135,36 @@ def run(
         where = f": {error.filename}" if error.filename else ""
         return _fail(parser, f"{error.strerror or error}{where}")
     except KeyboardInterrupt:
-        print("interrupted; nothing was left half-written", file=sys.stderr)
+        if processes.is_main():
+            print("interrupted; nothing was left half-written", file=sys.stderr)
         return EXIT_INTERRUPTED
+    finally:
+        processes.leave()
 
 
 def notice(message: str) -> None:
     """A remark for the person watching: to stderr, silenced by ``--quiet``."""
-    if not _quiet:
+    if not _quiet and processes.is_main():
         print(message, file=sys.stderr, flush=True)
 
 
 def result(message: str = "") -> None:
     """A result line: to stdout, always."""
-    print(message, flush=True)
+    if processes.is_main():
+        print(message, flush=True)
 
 
 def detail(message: str = "") -> None:
     """A line on stdout that ``--quiet`` leaves out."""
-    if not _quiet:
+    if not _quiet and processes.is_main():
         print(message, flush=True)
 
 
 def progress(total: int, description: str, unit: str = "B") -> tqdm[Any]:
     """A progress bar on stderr (bytes per second and time left); none where nobody watches.
 
-    Several threads may advance it.
+    Several threads may advance it. Of several processes the main one shows it, and takes the others
+    to be as far as itself.
     """
     from tqdm import tqdm
 
@@ -154,7 +173,7 @@ def progress(total: int, description: str, unit: str = "B") -> tqdm[Any]:
     class Bar(tqdm):  # type: ignore[type-arg]
         def update(self, n: float | None = 1) -> bool | None:
             with lock:
-                return super().update(n)
+                return super().update(n and n * processes.count())
 
     return Bar(
         total=total,
@@ -163,12 +182,15 @@ def progress(total: int, description: str, unit: str = "B") -> tqdm[Any]:
         unit_scale=True,
         leave=False,
         dynamic_ncols=True,
-        disable=True if _quiet else None,  # None: off unless stderr is a terminal
+        # None: off unless stderr is a terminal
+        disable=None if not _quiet and processes.is_main() else True,
     )
 
 
 def pick_device(name: str) -> torch.device:
     """The device that ``--device`` names; ``auto`` is the first GPU, else the CPU with a notice.
+
+    Of several processes on a machine, ``auto`` gives each the next GPU.
 
     Raises:
         UserError: a device that PyTorch does not know or does not see.
@@ -177,7 +199,7 @@ def pick_device(name: str) -> torch.device:
 
     if name == "auto":
         if torch.cuda.is_available():
-            return torch.device("cuda:0")
+            return torch.device("cuda", processes.local_rank() % torch.cuda.device_count())
         notice("No GPU visible to PyTorch: using the CPU.")
         return torch.device("cpu")
     try:
@@ -196,7 +218,9 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def _fail(parser: argparse.ArgumentParser, message: str) -> int:
+def _fail(parser: argparse.ArgumentParser, message: str, *, always: bool = False) -> int:
+    if not (always or processes.is_main()):
+        return EXIT_BAD_INPUT
     one_line = " ".join(message.split())
     # Names come out of files that anybody may have made: no control codes to the terminal.
     one_line = "".join(letter if letter.isprintable() else "?" for letter in one_line)

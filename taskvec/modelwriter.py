@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from taskvec import processes
 from taskvec.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
 from taskvec.cli import UserError
 from taskvec.output import write_json
@@ -99,10 +100,17 @@ def write_model(
                 base, base.tensors[name], files[name], format, edit(name), bar
             ),
             files,
+            cost=lambda name: base.tensors[name].nbytes,
         )
+    processes.by_main(lambda: _write_other_files(base, directory, shards, format))
+    return shards
+
+
+def _write_other_files(
+    base: Checkpoint, directory: Path, shards: list[Shard], format: Format
+) -> None:
     _write_index(directory, shards)
     _copy_side_files(base, directory, format)
-    return shards
 
 
 def _open(directory: Path, shard: Shard) -> TensorFileWriter:

@@ -1,7 +1,8 @@
 """Writing so that a file or directory appears under its name only when it is complete and on disk.
 
 Everything is written beside its target under a temporary name, flushed, and renamed. A run that is
-killed leaves at most that temporary directory, and the next run removes it.
+killed leaves at most that temporary directory, and the next run removes it. Where several processes
+share a run, the main one does all of this and every one gets the same directory to write into.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+from taskvec import processes
 from taskvec.cli import UserError
 
 _PARTIAL = ".partial"
@@ -40,22 +42,32 @@ def output_directory(
             another run.
     """
     target = target.resolve()
-    _check_target(target, is_ours, inputs)
     partial = _beside(target, _PARTIAL)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    lock = _claim(partial)
-    try:
-        yield partial
+
+    def begin() -> int:
+        _check_target(target, is_ours, inputs)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return _claim(partial)
+
+    def finish() -> None:
         for path in sorted(partial.rglob("*")):
             _flush(path)
         _flush(partial)
         _check_target(target, is_ours, inputs)  # nobody has put other files there meanwhile
         _take_place(partial, target)
+
+    lock = processes.by_main(begin)
+    try:
+        yield partial
+        processes.wait()
+        processes.by_main(finish)
     except BaseException:
-        _remove(partial)
+        if processes.is_main():
+            _remove(partial)
         raise
     finally:
-        os.close(lock)
+        if processes.is_main():
+            os.close(lock)
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from taskvec import processes
 from taskvec.cli import UserError
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
@@ -179,7 +180,8 @@ class TensorFileWriter:
     """A safetensors file written piece by piece, in any order; what is never written is zero.
 
     Bytes that are not written are a hole: they take no disk and read as zeros. The file is
-    complete and on disk when the context ends without an exception.
+    complete and on disk when the context ends without an exception. Where several processes share
+    a run, every one opens it, the main one makes it, and each may write.
 
     Args:
         path: a file that does not exist yet.
@@ -205,10 +207,9 @@ class TensorFileWriter:
             }
         text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        self._data = 8 + len(text)
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-        _write_all(self._fd, memoryview(len(text).to_bytes(8, "little") + text), 0)
-        os.truncate(self._fd, self._data + end)
+        content = len(text).to_bytes(8, "little") + text
+        processes.by_main(lambda: _create(path, content, len(content) + end))
+        self._fd = os.open(path, os.O_RDWR)
         self.tensors, _ = _read_header(path, self._fd)
 
     def write(self, name: str, rows: torch.Tensor, start: int = 0) -> None:
@@ -265,6 +266,16 @@ def _reserve(fd: int, offset: int, nbytes: int) -> None:
         code = ctypes.get_errno()
         if code in (errno.ENOSPC, errno.EDQUOT):
             raise OSError(code, os.strerror(code))
+
+
+def _create(path: Path, content: bytes, size: int) -> None:
+    """A file that begins with some bytes and is a hole from there to its end."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        _write_all(fd, memoryview(content), 0)
+        os.truncate(fd, size)
+    finally:
+        os.close(fd)
 
 
 def _write_all(fd: int, view: memoryview, offset: int) -> None:
