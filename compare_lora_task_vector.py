@@ -157,7 +157,7 @@ def compare(
         vector, paths = stack.enter_context(open_vector(base, task_vector_path, finetuned_model))
         torch_device = cli.pick_device(device)
         written = [RESULTS, DELTAS, REPORT, *FIGURES, ARCHITECTURE_FIGURE]
-        inputs = [*base.paths, adapter.path, *paths]
+        inputs = [*base.paths, *adapter.paths, *paths]
         partial = stack.enter_context(output_directory(target, written, inputs))
         results = _compare_all(base, adapter, vector, partial, torch_device)
 

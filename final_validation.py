@@ -265,7 +265,10 @@ def _behaviour(
             f"{available / 1e9:.1f} GB are free"
         }
     torch_device = torch.device(device)
-    tokens = behaviour.tokenize(str(directory), prompts or behaviour.DEFAULT_PROMPTS)
+    try:
+        tokens = behaviour.tokenize(str(directory), prompts or behaviour.DEFAULT_PROMPTS)
+    except cli.UserError as error:
+        return {"skipped": str(error)}
     reference = behaviour.adapter_logits(str(directory), lora_path, tokens, torch_device)
     found: dict[str, Any] = {}
     for subject in subjects:

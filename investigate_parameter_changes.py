@@ -145,7 +145,7 @@ def investigate(
             )
         )
         adapter = _open_adapter(lora_path, subject, stack)
-        inputs = [*subject.paths, *([adapter.path] if adapter else [])]
+        inputs = [*subject.paths, *(adapter.paths if adapter else [])]
         inputs += [Path(comparison)] if comparison else []
         files = [RESULT, TABLE, LARGEST_TABLE, FIGURE]
         partial = stack.enter_context(output_directory(Path(output_dir), files, inputs))

@@ -93,7 +93,7 @@ def merge(
     """
     from taskvec.adapter import open_adapter
     from taskvec.checkpoint import open_checkpoint
-    from taskvec.modelwriter import write_model
+    from taskvec.modelwriter import stored_format, write_model
     from taskvec.output import output_directory
     from taskvec.rounding import FORMATS, ROUNDINGS
 
@@ -101,7 +101,7 @@ def merge(
     with (
         open_checkpoint(base_model, revision) as base,
         open_adapter(lora_path, base) as adapter,
-        output_directory(target, is_merged_model, [*base.paths, adapter.path]) as partial,
+        output_directory(target, is_merged_model, [*base.paths, *adapter.paths]) as partial,
         cli.progress(base.nbytes, f"Merging in {precision}") as bar,
     ):
         torch_device = cli.pick_device(device)
@@ -109,7 +109,9 @@ def merge(
             base,
             partial,
             format,
-            lambda name: _merged_rows(adapter, name, recipe, format, torch_device),
+            lambda name: _merged_rows(
+                adapter, name, recipe, stored_format(base, name, format), torch_device
+            ),
             max_shard_size=max_shard_size,
             bar=bar,
         )
@@ -131,15 +133,12 @@ def is_merged_model(directory: Path) -> bool:
 def _merged_rows(
     adapter: Adapter, name: str, recipe: Recipe, format: Format, device: torch.device
 ) -> RowFunction | None:
-    from taskvec.rounding import merge_rows, recipe_delta
-
     if name not in adapter.scalings:
         return None
     update = adapter.update(name, device)
 
     def rows(base: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        delta = recipe_delta(recipe, update, start, stop, format)
-        return merge_rows(recipe, base.to(device), delta, format).cpu()
+        return update.merged(recipe, base.to(device), start, stop, format).cpu()
 
     return rows
 

@@ -141,7 +141,7 @@ def compare_merges(
         open_checkpoint(base_model, revision) as base,
         open_adapter(lora_path, base) as adapter,
         output_directory(
-            Path(output_dir), [RESULT, FIGURE], [*base.paths, adapter.path]
+            Path(output_dir), [RESULT, FIGURE], [*base.paths, *adapter.paths]
         ) as partial,
         cli.progress(base.nbytes, "Merging in fp32, fp16 and bf16") as bar,
     ):

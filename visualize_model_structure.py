@@ -103,7 +103,7 @@ def _read(
     with ExitStack() as stack:
         base = stack.enter_context(open_checkpoint(base_model, revision))
         adapter = stack.enter_context(open_adapter(lora_path, base)) if lora_path else None
-        inputs = [*base.paths, *([adapter.path] if adapter else [])]
+        inputs = [*base.paths, *(adapter.paths if adapter else [])]
         return _document(base, adapter, lora_path), inputs
 
 

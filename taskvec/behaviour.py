@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from taskvec.cli import UserError
+from taskvec.conversions import Conversion, conversion_of
 from taskvec.tensorfile import TensorFile, row_blocks
 
 DEFAULT_PROMPTS = (
@@ -134,14 +135,32 @@ def _model(source: str, device: torch.device) -> Iterator[Any]:
 
 
 def _add_task_vector(model: Any, file: TensorFile) -> None:
-    """Add in place, row block by row block; names may lack the backbone's prefix."""
+    """Add in place, row block by row block; names may be those of files, with or without prefix."""
     state = model.state_dict()
-    prefix = f"{model.base_model_prefix}."
+    conversion = conversion_of(model.config.to_dict())
+    added: set[tuple[int, int]] = set()
     for name, info in file.tensors.items():
-        target = state.get(name, state.get(prefix + name))
-        if target is None:
-            raise UserError(f"{file.path}: {name} is no parameter of the model in transformers")
         if file.is_hole(info):
             continue
+        target = _target(state, conversion, name, f"{model.base_model_prefix}.")
+        if target is None or target.shape != info.shape:
+            raise UserError(f"{file.path}: {name} is no parameter of the model in transformers")
+        place = target.data_ptr(), target.numel()
+        if place in added:  # a second copy of a tied tensor
+            continue
+        added.add(place)
         for start, stop in row_blocks(info, _BLOCK_ELEMENTS):
-            target[start:stop] += file.read(info, start, stop).to(target.device)
+            rows = file.read(info, start, stop).to(target.device)
+            target[start:stop] += rows
+
+
+def _target(
+    state: dict[str, torch.Tensor], conversion: Conversion, name: str, prefix: str
+) -> torch.Tensor | None:
+    """The parameter in memory, or the part of a fused one, that a name in a file stands for."""
+    key = conversion.key(name)
+    candidates = (key.name, prefix + key.name, key.name.removeprefix(prefix))
+    target = next((state[found] for found in candidates if found in state), None)
+    if target is None or key.expert is None:
+        return target
+    return target[key.expert].chunk(conversion.parts(key.name))[key.part]

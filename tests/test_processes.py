@@ -21,12 +21,16 @@ from tests.checks import names
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def start(count: int, *command: str, cwd: Path) -> list[subprocess.Popen[str]]:
-    """Processes with the environment that a launcher gives to each."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        return int(free.getsockname()[1])
+
+
+def start(count: int, *command: str, cwd: Path) -> list[subprocess.Popen[str]]:
+    """Processes with the environment that a launcher gives to each."""
+    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
+    shared["MASTER_PORT"] = str(free_port())
     return [
         subprocess.Popen(
             [sys.executable, *command],
@@ -116,10 +120,10 @@ def test_the_whole_chain_gives_the_same_files_as_one_process(
     script = str(ROOT / "final_validation.py")
 
     if count == 2:  # the launcher itself; the other runs do without the seconds that it takes
-        launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+        launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
         launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
         run = subprocess.run(
-            [sys.executable, *launcher, "--main_process_port", "0", script, *flags],
+            [sys.executable, *launcher, "--main_process_port", str(free_port()), script, *flags],
             cwd=several,
             capture_output=True,
             text=True,
