@@ -133,12 +133,14 @@ def is_merged_model(directory: Path) -> bool:
 def _merged_rows(
     adapter: Adapter, name: str, recipe: Recipe, format: Format, device: torch.device
 ) -> RowFunction | None:
+    from taskvec.tensorfile import to_device
+
     if name not in adapter.scalings:
         return None
     update = adapter.update(name, device)
 
     def rows(base: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        return update.merged(recipe, base.to(device), start, stop, format).cpu()
+        return update.merged(recipe, to_device(base, device), start, stop, format).cpu()
 
     return rows
 

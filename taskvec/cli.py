@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import gc
 import os
 import sys
 import threading
@@ -121,8 +122,14 @@ def run(
             stream.reconfigure(errors="replace")
     try:
         args = parse_args(parser, argv)
+        _import_torch()
         if shared:
             processes.join()
+            if processes.started_one_of_several():
+                notice(
+                    "The launcher started one process, which does all the work. Without several "
+                    "GPUs, accelerate launch starts more with --multi_gpu."
+                )
         return body(args)
     except UserError as error:
         return _fail(parser, str(error))
@@ -216,6 +223,18 @@ def pick_device(name: str) -> torch.device:
     elif device.type != "cpu":
         raise UserError(f"--device {name}: only cpu and cuda devices are supported")
     return device
+
+
+def _import_torch() -> None:
+    """Which every script needs: a tenth faster without the collector, which would find nothing."""
+    if "torch" in sys.modules:
+        return
+    gc.disable()
+    try:
+        import torch  # noqa: F401
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _fail(parser: argparse.ArgumentParser, message: str, *, always: bool = False) -> int:

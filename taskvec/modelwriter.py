@@ -139,8 +139,7 @@ def _write_tensor(
 ) -> None:
     target = writer.tensors[info.name]
     if make_rows is None and info.dtype == target.dtype:
-        writer.copy(base.shards[info.path], info)
-        bar.update(info.nbytes)
+        writer.copy(base.shards[info.path], info, bar.update)
         return
     for start, stop in row_blocks(info, BLOCK_ELEMENTS):
         rows = base.read(info.name, start, stop)
@@ -153,7 +152,7 @@ def _write_tensor(
 def _refuse_overflow(
     info: TensorInfo, base: torch.Tensor, new: torch.Tensor, format: Format
 ) -> None:
-    if not new.is_floating_point() or math.isfinite(float(new.sum(dtype=torch.float64))):
+    if not new.is_floating_point() or math.isfinite(float(new.sum(dtype=torch.float32))):
         return  # one NaN or infinity would have made the sum one
     finite = torch.isfinite(new)
     if bool(finite.all()):

@@ -52,6 +52,15 @@ def join() -> None:
     signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))
 
 
+def started_one_of_several() -> bool:
+    """Whether ``accelerate launch`` was asked for several processes, and started a single one.
+
+    It starts several where it sees as many GPUs, or is told --multi_gpu; the address where they
+    would have met is all that it leaves behind otherwise.
+    """
+    return "WORLD_SIZE" not in os.environ and "MASTER_ADDR" in os.environ
+
+
 def leave() -> None:
     """Part with the other processes."""
     global _rank, _count, _local_rank

@@ -15,7 +15,7 @@ import errno
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -50,6 +50,10 @@ DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 # Linux's own call: Python's posix_fallocate writes zeros where the file system cannot do it.
 _fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
+_sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)
+_SYNC_FILE_RANGE_WRITE = 2
+
+_COPIED_AT_ONCE = 1 << 26  # bytes; what is copied is on its way to disk while the next is copied
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,11 @@ class TensorInfo:
     @property
     def row_elements(self) -> int:
         return math.prod(self.row_shape)
+
+    @property
+    def end(self) -> int:
+        """Where its bytes end within ``path``."""
+        return self.offset + self.nbytes
 
     @property
     def is_float(self) -> bool:
@@ -123,7 +132,11 @@ class TensorFile:
         stop = info.rows if stop is None else stop
         row_bytes = info.nbytes // info.rows if info.rows else 0
         buffer = torch.empty((stop - start) * row_bytes, dtype=torch.uint8)
-        self._read_into(_bytes_of(buffer), info.offset + start * row_bytes)
+        offset = info.offset + start * row_bytes
+        self._read_into(_bytes_of(buffer), offset)
+        _read_ahead(
+            self._fd, offset + len(buffer), min(len(buffer), info.end - offset - len(buffer))
+        )
         shape = info.shape if whole or not info.shape else (stop - start, *info.row_shape)
         return buffer.view(info.dtype).view(shape)
 
@@ -229,12 +242,26 @@ class TensorFileWriter:
         offset = info.offset + start * info.row_elements * info.dtype.itemsize
         _reserve(self._fd, offset, len(flat))
         _write_all(self._fd, _bytes_of(flat), offset)
+        _begin_to_store(self._fd, offset, len(flat))
 
-    def copy(self, source: TensorFile, info: TensorInfo) -> None:
-        """Copy a tensor of the same name, dtype and shape from another file, byte for byte."""
-        offset = self.tensors[info.name].offset
-        _reserve(self._fd, offset, info.nbytes)
-        source.copy_range(info.offset, info.nbytes, self._fd, offset)
+    def copy(
+        self,
+        source: TensorFile,
+        info: TensorInfo,
+        advance: Callable[[int], object] = lambda nbytes: None,
+    ) -> None:
+        """Copy a tensor of the same name, dtype and shape from another file, byte for byte.
+
+        Args:
+            advance: told of the bytes of each piece.
+        """
+        target = self.tensors[info.name]
+        _reserve(self._fd, target.offset, info.nbytes)
+        for done in range(0, info.nbytes, _COPIED_AT_ONCE):
+            nbytes = min(_COPIED_AT_ONCE, info.nbytes - done)
+            source.copy_range(info.offset + done, nbytes, self._fd, target.offset + done)
+            _begin_to_store(self._fd, target.offset + done, nbytes)
+            advance(nbytes)
 
     def close(self) -> None:
         os.fsync(self._fd)
@@ -261,6 +288,13 @@ def row_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape[2:] if len(shape) == 3 else shape[1:]
 
 
+def to_device(rows: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Rows on a device; to a GPU from pinned memory, so that this thread need not wait for them."""
+    if device.type != "cuda" or rows.device.type != "cpu":
+        return rows.to(device)
+    return rows.pin_memory().to(device, non_blocking=True)
+
+
 def row_blocks(info: TensorInfo, elements: int) -> Iterator[tuple[int, int]]:
     """Cut rows into blocks ``(start, stop)`` of at most ``elements`` elements, but of one row."""
     step = max(1, elements // max(1, info.row_elements))
@@ -283,6 +317,24 @@ def _reserve(fd: int, offset: int, nbytes: int) -> None:
         code = ctypes.get_errno()
         if code in (errno.ENOSPC, errno.EDQUOT):
             raise OSError(code, os.strerror(code))
+
+
+def _read_ahead(fd: int, offset: int, end: int) -> None:
+    """Have the system fetch the bytes that will be read next, while the last are worked on.
+
+    Its own guess fails where several threads read one file.
+    """
+    if offset < end and hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(fd, offset, end - offset, os.POSIX_FADV_WILLNEED)
+
+
+def _begin_to_store(fd: int, offset: int, nbytes: int) -> None:
+    """Have the system begin to put written bytes on disk, so that fsync has less to wait for.
+
+    A hint: what goes wrong with it goes wrong with fsync too, which tells.
+    """
+    if _sync_file_range is not None:
+        _sync_file_range(fd, ctypes.c_int64(offset), ctypes.c_int64(nbytes), _SYNC_FILE_RANGE_WRITE)
 
 
 def _create(path: Path, content: bytes, size: int) -> None:

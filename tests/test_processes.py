@@ -181,3 +181,12 @@ def test_a_process_that_dies_ends_the_run_without_output(
     assert "do not answer" in found[0][2]
     assert found[0][2].count("\n") == 1
     assert names(tmp_path) == []
+
+
+def test_a_launcher_that_starts_one_process_of_several_is_noticed(monkeypatch, capsys):
+    """accelerate launch --num_processes 2, without --multi_gpu, on a machine without GPUs."""
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+
+    assert cli.run(cli.new_parser("A script."), lambda _: 0, [], shared=True) == 0
+
+    assert "--multi_gpu" in capsys.readouterr().err
