@@ -204,9 +204,10 @@ def pick_device(name: str) -> torch.device:
     """
     import torch
 
+    torch.backends.cuda.matmul.allow_tf32 = False  # the certificate's bound is of fp32 products
     if name == "auto":
         if torch.cuda.is_available():
-            return torch.device("cuda", processes.local_rank() % torch.cuda.device_count())
+            return torch.device("cuda", processes.local_rank() % max(1, torch.cuda.device_count()))
         notice("No GPU visible to PyTorch: using the CPU.")
         return torch.device("cpu")
     try:
