@@ -26,7 +26,10 @@ from merge_lora import merge
 from taskvec import cli, processes
 
 if TYPE_CHECKING:  # torch is loaded only when there is work to do: --help stays fast
+    from taskvec.adapter import Adapter
     from taskvec.behaviour import Agreement
+    from taskvec.checkpoint import Checkpoint
+    from taskvec.rounding import Format
 
 EXAMPLES = Path(__file__).parent / "examples"
 EXAMPLE_BASE, EXAMPLE_LORA = EXAMPLES / "starcoder2-mini", EXAMPLES / "starcoder2-mini-lora"
@@ -339,10 +342,8 @@ def _check_inputs(
     from taskvec.checkpoint import open_checkpoint
     from taskvec.rounding import FORMATS
 
-    with open_checkpoint(base_model, revision) as base, open_adapter(lora_path, base):
-        elements = sum(info.elements for info in base.tensors.values())
-    # The merged model, at most a dense fp32 task vector, and at most as much in fp32 deltas.
-    needed = sum(elements * (FORMATS[name].dtype.itemsize + 8) for name in precisions)
+    with open_checkpoint(base_model, revision) as base, open_adapter(lora_path, base) as adapter:
+        needed = sum(_output_bytes(base, adapter, FORMATS[name]) for name in precisions)
     parent = next(path for path in [target.resolve(), *target.resolve().parents] if path.exists())
     free = shutil.disk_usage(parent).free
     if needed > free:
@@ -350,6 +351,19 @@ def _check_inputs(
             f"{target}: the outputs may take {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; "
             "choose another --output_dir or fewer --precisions"
         )
+
+
+def _output_bytes(base: Checkpoint, adapter: Adapter, format: Format) -> int:
+    """What a merged model, its task vector (zeros take no disk) and the adapter's deltas take."""
+    from taskvec.rounding import loses
+
+    total = 0
+    for name, info in base.tensors.items():
+        changed = name in adapter.scalings
+        itemsize = format.dtype.itemsize if info.is_float else info.dtype.itemsize
+        itemsize += 4 * (changed + (changed or (info.is_float and loses(info.dtype, format))))
+        total += itemsize * info.elements
+    return total
 
 
 def _available_memory(device: str) -> int | None:
