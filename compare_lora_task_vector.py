@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from taskvec import cli
+from taskvec import cli, processes
 from taskvec.wording import number
 
 if TYPE_CHECKING:  # torch is loaded only when there is work to do: --help stays fast
@@ -161,27 +161,32 @@ def compare(
         inputs = [*base.paths, *adapter.paths, *paths]
         partial = stack.enter_context(output_directory(target, written, inputs))
         results = _compare_all(base, adapter, vector, partial, torch_device)
-        verdict = judge(results)
-        found = [] if verdict.holds else diagnose(base, adapter, vector, results, torch_device)
-        elements = sum(result.elements for result in results)
-        content = document(
-            results,
-            verdict,
-            [cause.as_json() for cause in found],
-            inputs={
-                "base": base.identity(),
-                "adapter": cli.adapters(lora_path),
-                "task_vector" if task_vector_path else "finetuned_model": vector.source,
-            },
-            storage=Storage(adapter.stored_bytes, 4 * elements, vector.disk_bytes),
-            tolerance=tolerance,
-        )
-        write_json(partial / RESULTS, content)
-        if detailed_report:
-            text = comparison_report(content, architecture=architecture_analysis)
-            (partial / REPORT).write_text(text, encoding="utf-8")
-        if generate_plots:
-            _draw(content, partial, architecture_analysis)
+
+        def conclude() -> dict[str, Any]:
+            verdict = judge(results)
+            found = [] if verdict.holds else diagnose(base, adapter, vector, results, torch_device)
+            elements = sum(result.elements for result in results)
+            content = document(
+                results,
+                verdict,
+                [cause.as_json() for cause in found],
+                inputs={
+                    "base": base.identity(),
+                    "adapter": cli.adapters(lora_path),
+                    "task_vector" if task_vector_path else "finetuned_model": vector.source,
+                },
+                storage=Storage(adapter.stored_bytes, 4 * elements, vector.disk_bytes),
+                tolerance=tolerance,
+            )
+            write_json(partial / RESULTS, content)
+            if detailed_report:
+                text = comparison_report(content, architecture=architecture_analysis)
+                (partial / REPORT).write_text(text, encoding="utf-8")
+            if generate_plots:
+                _draw(content, partial, architecture_analysis)
+            return content
+
+        content = processes.by_main(conclude)
     return ComparisonResult(target, content)
 
 
@@ -209,13 +214,17 @@ def _compare_all(
         bar.update(base.tensors[name].nbytes)
         return result
 
+    def cost(name: str) -> int:  # a parameter that is known to be zero takes no time
+        nbytes = base.tensors[name].nbytes
+        return nbytes if name in adapter.scalings or not vector.is_zero(name) else 0
+
     names = [name for name, info in base.tensors.items() if info.is_float]
     specs = [(name, torch.float32, base.tensors[name].shape) for name in adapter.parameters]
     with (
         TensorFileWriter(directory / DELTAS, specs) as writer,
         cli.progress(sum(base.tensors[name].nbytes for name in names), "Comparing") as bar,
     ):
-        return for_each(examine, names)
+        return for_each(examine, names, cost)
 
 
 def _write_delta(update: Update, writer: TensorFileWriter) -> None:
@@ -294,7 +303,7 @@ def _body(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.run(build_parser(), _body, argv)
+    return cli.run(build_parser(), _body, argv, shared=True)
 
 
 if __name__ == "__main__":

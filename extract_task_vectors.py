@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from taskvec import cli
+from taskvec import cli, processes
 
 if TYPE_CHECKING:  # torch is loaded only when there is work to do: --help stays fast
     import torch
@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # torch is loaded only when there is work to do: --help stays
     from taskvec.tensorfile import TensorFileWriter, TensorInfo
 
 SUMMARY = "task_vector_summary.json"
-BLOCK_ELEMENTS = 1 << 20
+BLOCK_ELEMENTS = 1 << 18  # of two models: small enough for a core's own cache
 
 
 @dataclass(frozen=True)
@@ -122,10 +122,11 @@ def extract(
             magnitudes = for_each(
                 lambda info: _extract_tensor(vector, base, info, writer, torch_device, bar),
                 tensors.values(),
+                cost=lambda info: info.nbytes,
             )
         found = dict(zip(tensors, magnitudes, strict=True))
         summary = summarise(tensors, found, metadata)
-        write_json(partial / SUMMARY, summary)
+        processes.by_main(lambda: write_json(partial / SUMMARY, summary))
     if summary["non_finite_elements"]:
         cli.notice(f"⚠️ {summary['non_finite_elements']} elements are NaN or infinite.")
     return ExtractResult(target, summary["total_parameters"], summary["nonzero_parameters"])
@@ -166,8 +167,8 @@ def _extract_tensor(
     bar: tqdm[Any],
 ) -> Magnitude:
     """Write one tensor of the task vector; blocks that are zero are left out as holes."""
-    from taskvec.compare import Magnitude
-    from taskvec.tensorfile import row_blocks
+    from taskvec.compare import Magnitude, is_zero
+    from taskvec.tensorfile import row_blocks, to_device
 
     magnitude = Magnitude()
     if vector.is_zero(info.name):
@@ -176,8 +177,8 @@ def _extract_tensor(
     merged_itemsize = vector.merged.tensors[info.name].dtype.itemsize
     for start, stop in row_blocks(info, BLOCK_ELEMENTS):
         rows = base.read(info.name, start, stop)
-        block = vector.block(rows.to(device), info.name, start, stop)
-        if bool(block.task_vector.any()):
+        block = vector.block(to_device(rows, device), info.name, start, stop)
+        if not is_zero(block.task_vector):
             magnitude.add(block.task_vector)
             writer.write(info.name, block.task_vector, start)
         bar.update(rows.numel() * (info.dtype.itemsize + merged_itemsize))
@@ -219,7 +220,7 @@ def _body(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.run(build_parser(), _body, argv)
+    return cli.run(build_parser(), _body, argv, shared=True)
 
 
 if __name__ == "__main__":

@@ -23,10 +23,13 @@ from typing import TYPE_CHECKING, Any
 from compare_lora_task_vector import ComparisonResult, compare
 from extract_task_vectors import extract
 from merge_lora import merge
-from taskvec import cli
+from taskvec import cli, processes
 
 if TYPE_CHECKING:  # torch is loaded only when there is work to do: --help stays fast
+    from taskvec.adapter import Adapter
     from taskvec.behaviour import Agreement
+    from taskvec.checkpoint import Checkpoint
+    from taskvec.rounding import Format
 
 EXAMPLES = Path(__file__).parent / "examples"
 EXAMPLE_BASE, EXAMPLE_LORA = EXAMPLES / "starcoder2-mini", EXAMPLES / "starcoder2-mini-lora"
@@ -138,7 +141,8 @@ def validate(
     if task_vector_path and finetuned_model:
         raise cli.UserError("give either --task_vector_path or --finetuned_model, not both")
     given = task_vector_path is not None or finetuned_model is not None
-    _check_inputs(base_model, lora_path, revision, target, () if given else precisions)
+    made = () if given else precisions
+    processes.by_main(lambda: _check_inputs(base_model, lora_path, revision, target, made))
     device = str(cli.pick_device(device))
     common = {"device": device, "revision": revision}
     if given:
@@ -147,20 +151,25 @@ def validate(
         ]
     else:
         subjects = _make_and_judge(base_model, lora_path, target, precisions, rounding, common)
-    _step(4, "Weigh what each precision keeps")
-    _draw_precisions(subjects, target)
-    _step(5, "Compare behaviour on prompts")
-    checked: dict[str, Any] = {"skipped": "switched off (--no-behaviour)"}
-    if behaviour:
-        checked = _behaviour(base_model, lora_path, subjects, prompts, device, revision)
-    if "skipped" in checked:
-        cli.detail(f"      skipped: {checked['skipped']}")
-    _step(6, "Write the report")
-    document = _document(base_model, lora_path, subjects, checked)
-    with output_file(target / SUMMARY) as partial:
-        write_json(partial, document)
-    with output_file(target / REPORT) as partial:
-        partial.write_text(validation_report(document), encoding="utf-8")
+
+    def conclude() -> dict[str, Any]:
+        _step(4, "Weigh what each precision keeps")
+        _draw_precisions(subjects, target)
+        _step(5, "Compare behaviour on prompts")
+        checked: dict[str, Any] = {"skipped": "switched off (--no-behaviour)"}
+        if behaviour:
+            checked = _behaviour(base_model, lora_path, subjects, prompts, device, revision)
+        if "skipped" in checked:
+            cli.detail(f"      skipped: {checked['skipped']}")
+        _step(6, "Write the report")
+        document = _document(base_model, lora_path, subjects, checked)
+        with output_file(target / SUMMARY) as partial:
+            write_json(partial, document)
+        with output_file(target / REPORT) as partial:
+            partial.write_text(validation_report(document), encoding="utf-8")
+        return document
+
+    document = processes.by_main(conclude)
     return ValidationResult(target, document)
 
 
@@ -336,10 +345,8 @@ def _check_inputs(
     from taskvec.checkpoint import open_checkpoint
     from taskvec.rounding import FORMATS
 
-    with open_checkpoint(base_model, revision) as base, open_adapter(lora_path, base):
-        elements = sum(info.elements for info in base.tensors.values())
-    # The merged model, at most a dense fp32 task vector, and at most as much in fp32 deltas.
-    needed = sum(elements * (FORMATS[name].dtype.itemsize + 8) for name in precisions)
+    with open_checkpoint(base_model, revision) as base, open_adapter(lora_path, base) as adapter:
+        needed = sum(_output_bytes(base, adapter, FORMATS[name]) for name in precisions)
     parent = next(path for path in [target.resolve(), *target.resolve().parents] if path.exists())
     free = shutil.disk_usage(parent).free
     if needed > free:
@@ -347,6 +354,19 @@ def _check_inputs(
             f"{target}: the outputs may take {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; "
             "choose another --output_dir or fewer --precisions"
         )
+
+
+def _output_bytes(base: Checkpoint, adapter: Adapter, format: Format) -> int:
+    """What a merged model, its task vector (zeros take no disk) and the adapter's deltas take."""
+    from taskvec.rounding import loses
+
+    total = 0
+    for name, info in base.tensors.items():
+        changed = name in adapter.scalings
+        itemsize = format.dtype.itemsize if info.is_float else info.dtype.itemsize
+        itemsize += 4 * (changed + (changed or (info.is_float and loses(info.dtype, format))))
+        total += itemsize * info.elements
+    return total
 
 
 def _available_memory(device: str) -> int | None:
@@ -451,7 +471,7 @@ def _body(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.run(build_parser(), _body, argv)
+    return cli.run(build_parser(), _body, argv, shared=True)
 
 
 if __name__ == "__main__":

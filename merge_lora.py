@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from taskvec import cli
+from taskvec import cli, processes
 
 if TYPE_CHECKING:  # torch is loaded only when there is work to do: --help stays fast
     import torch
@@ -95,7 +95,7 @@ def merge(
     from taskvec.adapter import open_adapter
     from taskvec.checkpoint import open_checkpoint
     from taskvec.modelwriter import stored_format, write_model
-    from taskvec.output import output_directory, write_json
+    from taskvec.output import output_directory
     from taskvec.rounding import FORMATS, ROUNDINGS
 
     target, format, recipe = Path(output_dir), FORMATS[precision], ROUNDINGS[rounding]
@@ -116,8 +116,7 @@ def merge(
             max_shard_size=max_shard_size,
             bar=bar,
         )
-        files = sorted([MANIFEST, *(path.name for path in partial.iterdir())])
-        write_json(partial / MANIFEST, _manifest(base, adapter, precision, rounding, files))
+        processes.by_main(lambda: _write_manifest(partial, base, adapter, precision, rounding))
         changed = adapter.parameters
     return MergeResult(target, precision, changed, sum(shard.nbytes for shard in shards))
 
@@ -135,22 +134,26 @@ def is_merged_model(directory: Path) -> bool:
 def _merged_rows(
     adapter: Adapter, name: str, recipe: Recipe, format: Format, device: torch.device
 ) -> RowFunction | None:
+    from taskvec.tensorfile import to_device
+
     if name not in adapter.scalings:
         return None
     update = adapter.update(name, device)
 
     def rows(base: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        return update.merged(recipe, base.to(device), start, stop, format).cpu()
+        return update.merged(recipe, to_device(base, device), start, stop, format).cpu()
 
     return rows
 
 
-def _manifest(
-    base: Checkpoint, adapter: Adapter, precision: str, rounding: str, files: list[str]
-) -> dict[str, Any]:
+def _write_manifest(
+    directory: Path, base: Checkpoint, adapter: Adapter, precision: str, rounding: str
+) -> None:
     import torch
 
-    return {
+    from taskvec.output import write_json
+
+    content = {
         **_adapters(adapter),
         "base": base.identity(),
         "precision": precision,
@@ -158,8 +161,9 @@ def _manifest(
         "scaling": adapter.scalings,
         "parameters_changed": len(adapter.scalings),
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
-        "files": files,
+        "files": sorted([MANIFEST, *(path.name for path in directory.iterdir())]),
     }
+    write_json(directory / MANIFEST, content)
 
 
 def _adapters(adapter: Adapter) -> dict[str, Any]:
@@ -189,7 +193,7 @@ def _body(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.run(build_parser(), _body, argv)
+    return cli.run(build_parser(), _body, argv, shared=True)
 
 
 if __name__ == "__main__":

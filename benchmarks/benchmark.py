@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measure merge, extract and compare beside the obvious way and `cp -r`, at any model size.
 
-    python benchmarks/benchmark.py --width 0.25 0.5 1 --output benchmark.md
+    python benchmarks/benchmark.py --width 0.25 0.35 0.5 0.7 1 1.5 --output benchmark.md
 
 Makes a StarCoder2-shaped base with random weights and a rank-8 adapter, runs every step in a
 process of its own, first the project's, then transformers' and PEFT's on the same files, checks
@@ -32,9 +32,10 @@ from taskvec import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = ("merge", "extract", "compare")
-OURS, OBVIOUS, COPY = "this project", "obvious", "cp -r"
+OURS, OBVIOUS, COPY, READ = "this project", "obvious", "cp -r", "cat"
 BASE, ADAPTER, MERGED, VECTOR, COMPARISON = "base", "adapter", "merged", "vector", "comparison"
 SPARE_DISK = 1 << 28  # what else may be written meanwhile
+MODELS_IN_MEMORY = 2  # the obvious way of extracting holds them in fp32 at one time
 
 # The obvious way sums and compares in fp32: how far its figures may be from ours.
 COSINE_SLACK, DIFFERENCE_SLACK = 1e-2, 0.05
@@ -49,6 +50,7 @@ class Run:
     steps: list[str]
     precision: str
     obvious: bool
+    device: str = "cpu"
     rows: list[Row] = field(default_factory=list)
     disagreements: list[str] = field(default_factory=list)
 
@@ -59,7 +61,7 @@ class Run:
         not slow the next one.
         """
         cli.notice(f"  {step}: {way} ...")
-        measured = measure(command, self.directory)
+        measured = measure(command, self.directory, keep_output=way != READ)
         flushed = _flush(self.directory / output) if output else 0.0
         if step not in STEPS or step in self.steps:
             self.rows.append(Row(step, way, measured, flushed))
@@ -76,6 +78,16 @@ class Run:
             MERGED: base if fp32 else base // 2,
             VECTOR: changed if fp32 else base,  # zeros are holes
             COMPARISON: changed,
+        }
+
+    @property
+    def moves(self) -> dict[str, tuple[int, int]]:
+        """Bytes that each step cannot but read, and write."""
+        size = self.sizes
+        return {
+            "merge": (size[BASE], size[MERGED]),
+            "extract": (size[BASE] + size[MERGED], size[VECTOR]),
+            "compare": (size[COMPARISON] + size[VECTOR], size[COMPARISON]),
         }
 
     @property
@@ -119,6 +131,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--skip_obvious", action="store_true", help="measure this project and cp alone"
     )
+    parser.add_argument(
+        "--device", default="cpu", help="where this project computes (default: cpu)"
+    )
     parser.add_argument("--output", metavar="FILE.md", help="write the table here too")
     parser.add_argument(
         "--work_dir",
@@ -135,6 +150,7 @@ def benchmark(
     steps: list[str],
     precision: str = "fp32",
     obvious: bool = True,
+    device: str = "cpu",
     work_dir: str | Path = ".",
 ) -> list[WidthResult]:
     """Measure the steps at each width.
@@ -143,7 +159,9 @@ def benchmark(
         widths: fractions of StarCoder2-3B's width.
         steps: of `STEPS`.
         precision: of the merged model.
-        obvious: run the obvious way too, and check that the results agree.
+        obvious: run the obvious way too where its models fit into memory, and check that the
+            results agree.
+        device: where this project computes.
         work_dir: where a temporary directory may be made.
 
     Raises:
@@ -158,14 +176,21 @@ def benchmark(
             (directory / BASE).mkdir(parents=True)
             (directory / ADAPTER).mkdir()
             shapes = inputs.write_config(directory / BASE, width)
-            runs.append(Run(directory, shapes, steps, precision, obvious))
+            fits = MODELS_IN_MEMORY * inputs.nbytes(shapes) < _memory()
+            runs.append(Run(directory, shapes, steps, precision, obvious and fits, device))
         _check_disk(runs, Path(temporary))
         results = []
         for width, run in zip(widths, runs, strict=True):
             cli.notice(f"Width {width:g}: a base of {run.sizes[BASE] / 1e9:.2f} GB")
+            if obvious and not run.obvious:
+                cli.notice("  (the obvious way is left out: two such models do not fit in memory)")
             results.append(_measure_width(width, run))
             shutil.rmtree(run.directory)
         return results
+
+
+def _memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _check_disk(runs: list[Run], directory: Path) -> None:
@@ -193,10 +218,14 @@ def _measure_width(width: float, run: Run) -> WidthResult:
     except CommandFailed as error:
         raise cli.UserError(str(error)) from None
     elements = run.sizes[BASE] // 4
-    return WidthResult(width, elements, run.precision, torch_alone, run.rows, run.disagreements)
+    return WidthResult(
+        width, elements, run.precision, torch_alone, run.rows, run.moves, run.disagreements
+    )
 
 
 def _copy(run: Run) -> None:
+    files = sorted(path.name for path in (run.directory / BASE).glob("*.safetensors"))
+    run.measure("read", READ, ["cat", *(f"{BASE}/{file}" for file in files)])
     run.measure("copy", COPY, ["cp", "-r", BASE, "copy"], "copy")
     shutil.rmtree(run.directory / "copy")
 
@@ -205,7 +234,7 @@ def _merge(run: Run) -> None:
     rounding = "once" if run.precision == "fp32" else "peft"  # the obvious way's own
     flags = ["--base_model", BASE, "--lora_path", ADAPTER, "--output_dir", MERGED]
     flags += ["--precision", run.precision, "--rounding", rounding]
-    run.measure("merge", OURS, _ours("merge_lora.py", *flags), MERGED)
+    run.measure("merge", OURS, _ours(run, "merge_lora.py", *flags), MERGED)
     if run.obvious and "merge" in run.steps:
         other = "merged_obvious"
         run.measure("merge", OBVIOUS, _obvious("merge", BASE, ADAPTER, other, run.precision), other)
@@ -215,7 +244,7 @@ def _merge(run: Run) -> None:
 
 def _extract(run: Run) -> None:
     flags = ["--base_model", BASE, "--finetuned_model", MERGED, "--output_dir", VECTOR]
-    run.measure("extract", OURS, _ours("extract_task_vectors.py", *flags), VECTOR)
+    run.measure("extract", OURS, _ours(run, "extract_task_vectors.py", *flags), VECTOR)
     if run.obvious and "extract" in run.steps:
         other = "vector_obvious.safetensors"
         run.measure("extract", OBVIOUS, _obvious("extract", BASE, MERGED, other), other)
@@ -227,7 +256,7 @@ def _extract(run: Run) -> None:
 def _compare(run: Run) -> None:
     flags = ["--base_model", BASE, "--lora_path", ADAPTER, "--task_vector_path", VECTOR]
     flags += ["--output_dir", COMPARISON, "--no-generate_plots"]
-    run.measure("compare", OURS, _ours("compare_lora_task_vector.py", *flags), COMPARISON)
+    run.measure("compare", OURS, _ours(run, "compare_lora_task_vector.py", *flags), COMPARISON)
     if not run.obvious:
         return
     vector = f"{VECTOR}/task_vector.safetensors"
@@ -243,8 +272,8 @@ def _compare(run: Run) -> None:
             run.disagreements.append(f"compare: {key} is {ours[key]}, the obvious way has {value}")
 
 
-def _ours(script: str, *flags: str) -> list[str]:
-    return [sys.executable, str(ROOT / script), "--device", "cpu", "--quiet", *flags]
+def _ours(run: Run, script: str, *flags: str) -> list[str]:
+    return [sys.executable, str(ROOT / script), "--device", run.device, "--quiet", *flags]
 
 
 def _obvious(step: str, *arguments: str) -> list[str]:
@@ -306,6 +335,7 @@ def _body(args: argparse.Namespace) -> int:
         steps=args.steps,
         precision=args.precision,
         obvious=not args.skip_obvious,
+        device=args.device,
         work_dir=args.work_dir,
     )
     text = markdown(results)

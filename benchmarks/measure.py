@@ -44,8 +44,11 @@ class Measured:
     output: str
 
 
-def measure(command: list[str], directory: Path) -> Measured:
+def measure(command: list[str], directory: Path, *, keep_output: bool = True) -> Measured:
     """Run a command in a directory, which must succeed.
+
+    Args:
+        keep_output: return its stdout; otherwise it is thrown away unseen.
 
     Raises:
         CommandFailed: it did not.
@@ -59,7 +62,7 @@ def measure(command: list[str], directory: Path) -> Measured:
             [sys.executable, "-I", __file__, report.name, *command],
             cwd=directory,
             stdin=subprocess.DEVNULL,
-            stdout=out,
+            stdout=out if keep_output else subprocess.DEVNULL,
             stderr=err,
             start_new_session=True,  # Ctrl-C reaches this process alone, which ends the other two
         )

@@ -16,6 +16,8 @@ HEADER = (
     "seconds",
     "÷ obvious",
     "÷ cp",
+    "limit, s",
+    "÷ limit",
     "then to disk, s",
     "peak MB",
     "above torch, MB",
@@ -49,6 +51,7 @@ class WidthResult:
         width: as a fraction of StarCoder2-3B's.
         elements: of the base.
         torch_alone: a process that imports torch and ends.
+        moves: bytes that each step cannot but read, and write.
         disagreements: one sentence for each result that the two ways do not share.
     """
 
@@ -57,7 +60,27 @@ class WidthResult:
     precision: str
     torch_alone: Measured
     rows: list[Row]
+    moves: dict[str, tuple[int, int]]
     disagreements: list[str]
+
+    def row(self, step: str, way: str | None = None) -> Row | None:
+        """What was measured of a step, done in one way or in any."""
+        found = (row for row in self.rows if row.step == step and way in (None, row.way))
+        return next(found, None)
+
+    def limit(self, step: str) -> float | None:
+        """Seconds that a step's bytes take, read as `cat` and written as `cp` does here.
+
+        What a step writes it has read before, as cp does, so that only what it reads beyond that
+        is counted at the speed of reading.
+        """
+        read, copy = self.row("read"), self.row("copy")
+        if step not in self.moves or read is None or copy is None:
+            return None
+        into, out = self.moves[step]
+        base = 4 * self.elements
+        copied = out / base * (copy.measured.seconds + copy.flushed)
+        return copied + max(0, into - out) / base * read.measured.seconds
 
 
 def markdown(results: list[WidthResult]) -> str:
@@ -96,7 +119,7 @@ def _width_table(result: WidthResult) -> str:
         _line(HEADER),
         _line(["---"] * 2 + ["---:"] * (len(HEADER) - 2)),
     ]
-    lines += [_row(row, obvious, copy, result.torch_alone) for row in result.rows]
+    lines += [_row(row, obvious, copy, result) for row in result.rows]
     lines += _chain(result, obvious, copy)
     exact = [what for step, what in _EXACT.items() if step in obvious]
     if result.disagreements:
@@ -111,10 +134,11 @@ def _width_table(result: WidthResult) -> str:
     return "\n".join(lines)
 
 
-def _row(row: Row, obvious: dict[str, float], copy: float, torch_alone: Measured) -> str:
+def _row(row: Row, obvious: dict[str, float], copy: float, result: WidthResult) -> str:
     measured = row.measured
-    compared = row.way not in ("obvious", "cp -r") and row.step in obvious
-    above = (measured.peak - torch_alone.peak) / 1e6
+    compared = row.way != "obvious" and row.step in obvious
+    above = (measured.peak - result.torch_alone.peak) / 1e6
+    limit = result.limit(row.step)
     return _line(
         [
             row.step,
@@ -122,9 +146,10 @@ def _row(row: Row, obvious: dict[str, float], copy: float, torch_alone: Measured
             f"{measured.seconds:.2f}",
             f"{measured.seconds / obvious[row.step]:.2f}" if compared else "",
             f"{measured.seconds / copy:.2f}",
+            *_against(limit, measured.seconds),
             f"{row.flushed:.2f}",
             f"{measured.peak / 1e6:.0f}",
-            "" if row.way == "cp -r" else f"{above:.0f}",
+            "" if row.step in ("read", "copy") else f"{above:.0f}",
             *(
                 "?" if moved is None else f"{moved / 1e6:.0f}"
                 for moved in (measured.read_calls, measured.read_disk, measured.written)
@@ -136,13 +161,14 @@ def _row(row: Row, obvious: dict[str, float], copy: float, torch_alone: Measured
 def _chain(result: WidthResult, obvious: dict[str, float], copy: float) -> list[str]:
     """The three steps together, where all of them were measured."""
     lines = []
-    ways = dict.fromkeys(row.way for row in result.rows if row.step != "copy")
+    ways = dict.fromkeys(row.way for row in result.rows if row.step in result.moves)
     for way in ways:
         rows = [row for row in result.rows if row.way == way]
         if len(rows) < 3:
             continue
         seconds = sum(row.measured.seconds for row in rows)
         ratio = f"{seconds / sum(obvious.values()):.2f}" if obvious and way != "obvious" else ""
+        limit = sum(result.limit(row.step) or 0.0 for row in rows)
         flushed, peak = sum(row.flushed for row in rows), max(row.measured.peak for row in rows)
         cells = [
             "chain",
@@ -150,6 +176,7 @@ def _chain(result: WidthResult, obvious: dict[str, float], copy: float) -> list[
             f"{seconds:.2f}",
             ratio,
             f"{seconds / copy:.2f}",
+            *_against(limit, seconds),
             f"{flushed:.2f}",
             f"{peak / 1e6:.0f}",
             f"{(peak - result.torch_alone.peak) / 1e6:.0f}",
@@ -157,6 +184,10 @@ def _chain(result: WidthResult, obvious: dict[str, float], copy: float) -> list[
         ]
         lines.append(_line(cells))
     return lines
+
+
+def _against(limit: float | None, seconds: float) -> tuple[str, str]:
+    return (f"{limit:.2f}", f"{seconds / limit:.2f}") if limit else ("", "")
 
 
 _MOVED: tuple[Callable[[Measured], int | None], ...] = (
@@ -174,19 +205,21 @@ def _total(rows: list[Row], pick: Callable[[Measured], int | None]) -> str:
 
 def _over_widths(results: list[WidthResult]) -> str:
     """Seconds and peak memory of every step at every width: is time linear, is memory constant?"""
-    steps = [(row.step, row.way) for row in results[0].rows]
     lines = [
         "### Over the widths: seconds for a GB of the base, and peak MB",
         "",
         _line(["step", "way", *(f"{4 * r.elements / 1e9:.2f} GB" for r in results)]),
         _line(["---"] * 2 + ["---:"] * len(results)),
     ]
-    for number, (step, way) in enumerate(steps):
+    for step, way in dict.fromkeys((row.step, row.way) for r in results for row in r.rows):
         cells = []
         for result in results:
-            measured = result.rows[number].measured
-            per_gb = measured.seconds / (4 * result.elements / 1e9)
-            cells.append(f"{per_gb:.2f} s, {measured.peak / 1e6:.0f} MB")
+            row = result.row(step, way)
+            if row is None:
+                cells.append("")
+                continue
+            per_gb = row.measured.seconds / (4 * result.elements / 1e9)
+            cells.append(f"{per_gb:.2f} s, {row.measured.peak / 1e6:.0f} MB")
         lines.append(_line([step, way, *cells]))
     return "\n".join(lines)
 

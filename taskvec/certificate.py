@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -125,6 +126,10 @@ class ParameterCertificate:
         self.ulp_histogram = torch.zeros(ULP_BINS + 1, dtype=torch.int64)
         self.bound_histogram = torch.zeros(ULP_BINS + 1, dtype=torch.int64)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What was found is what another process is told, not the adapter's factors."""
+        return {**self.__dict__, "update": None}
+
     @property
     def tally(self) -> FamilyTally:
         """Against the tightest family that holds, or the loosest of all if none does."""
@@ -155,12 +160,15 @@ class ParameterCertificate:
         """Elements that stand out from a recipe which gives nearly all others bit for bit."""
         return self.search.isolated
 
-    def add(self, block: Block, delta: torch.Tensor) -> bool:
+    def add(
+        self, block: Block, delta: torch.Tensor, difference: torch.Tensor | None = None
+    ) -> bool:
         """Take one block into account.
 
         Args:
             block: the rows.
             delta: the same rows of the update in float64.
+            difference: the same rows of T - delta in float64, where they are at hand.
 
         Returns:
             False if these rows cannot have been stored in ``format``, whatever was merged.
@@ -174,7 +182,10 @@ class ParameterCertificate:
         sampled = self._is_sampled(delta.numel())
         self.search.add(block, delta, sampled=sampled)
         self._count_lost(finite, finite_delta)
-        error, bound = self._check_bounds(finite, finite_delta, merged)
+        if difference is None or finite is not block:
+            difference = finite.task_vector.double().sub_(finite_delta)
+        error = difference.float().abs_()
+        bound = self._check_bounds(finite, finite_delta, merged, error)
         if sampled:
             half = half_ulp(merged, self.format)
             self.ulp_histogram += _histogram(error.div_(half))
@@ -241,10 +252,9 @@ class ParameterCertificate:
         self.lost += moved.numel() - int(moved.count_nonzero())
 
     def _check_bounds(
-        self, block: Block, delta: torch.Tensor, merged: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Count violations; returns |T - delta| and its bound, fp32."""
-        error = block.task_vector.double().sub_(delta).float().abs_()
+        self, block: Block, delta: torch.Tensor, merged: torch.Tensor, error: torch.Tensor
+    ) -> torch.Tensor:
+        """Count violations of |T - delta|, fp32; returns its bound, fp32."""
         while True:
             tally = self.tally
             bound = bound_rows(
@@ -267,7 +277,7 @@ class ParameterCertificate:
             # What was within a tighter bound so far is so within this one.
             self.tally.max_ratio, self.tally.worst = tally.max_ratio, tally.worst
         self._note_ratio(tally, block, delta, bound, ratio, largest)
-        return error, bound
+        return bound
 
     def _note_ratio(
         self,
@@ -285,8 +295,9 @@ class ParameterCertificate:
             rows = rows.nonzero().flatten() + block.start
             tally.violating_rows.update(rows.tolist())
         if tally.worst is None or largest > tally.max_ratio:
-            place = int(ratio.argmax())
-            row, column = divmod(place, ratio[0].numel())
+            row = int(ratio.flatten(1).amax(1).argmax()) if ratio.ndim > 1 else int(ratio.argmax())
+            column = int(ratio[row].argmax())  # by rows: argmax takes long over many elements
+            place = row * ratio[0].numel() + column
             tally.max_ratio = largest
             tally.worst = Element(
                 row=row + block.start,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import gc
 import os
 import sys
 import threading
@@ -20,6 +21,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 from unicodedata import category
+
+from taskvec import processes
 
 if TYPE_CHECKING:
     import torch
@@ -186,15 +189,33 @@ def run(
     parser: argparse.ArgumentParser,
     body: Callable[[argparse.Namespace], int],
     argv: list[str] | None = None,
+    *,
+    shared: bool = False,
 ) -> int:
-    """Parse and do the work; a user's mistake or a failing disk is one line and status 2."""
+    """Parse and do the work; a user's mistake or a failing disk is one line and status 2.
+
+    Args:
+        shared: the script's work can be shared by several processes, where a launcher has started
+            them (`taskvec.processes`). The main one prints.
+    """
     try:
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):  # a terminal without emoji shows '?' instead
                 stream.reconfigure(errors="replace")
-        return body(parse_args(parser, argv))
+        args = parse_args(parser, argv)
+        _import_torch()
+        if shared:
+            processes.join()
+            if processes.started_one_of_several():
+                notice(
+                    "The launcher started one process, which does all the work. Without several "
+                    "GPUs, accelerate launch starts more with --multi_gpu."
+                )
+        return body(args)
     except UserError as error:
         return _fail(parser, str(error))
+    except processes.LostProcessError as error:
+        return _fail(parser, str(error), always=True)
     except BrokenPipeError:  # the reader of a pipe (`| head`) has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
@@ -204,31 +225,36 @@ def run(
         where = f": {error.filename}" if error.filename else ""
         return _fail(parser, f"{error.strerror or error}{where}")
     except KeyboardInterrupt:
-        print("interrupted; nothing was left half-written", file=sys.stderr)
+        if processes.is_main():
+            print("interrupted; nothing was left half-written", file=sys.stderr)
         return EXIT_INTERRUPTED
+    finally:
+        processes.leave()
 
 
 def notice(message: str) -> None:
     """A remark for the person watching: to stderr, silenced by ``--quiet``."""
-    if not _quiet:
+    if not _quiet and processes.is_main():
         print(_printable(message), file=sys.stderr, flush=True)
 
 
 def result(message: str = "") -> None:
     """A result line: to stdout, always."""
-    print(_printable(message), flush=True)
+    if processes.is_main():
+        print(_printable(message), flush=True)
 
 
 def detail(message: str = "") -> None:
     """A line on stdout that ``--quiet`` leaves out."""
-    if not _quiet:
+    if not _quiet and processes.is_main():
         print(_printable(message), flush=True)
 
 
 def progress(total: int, description: str, unit: str = "B") -> tqdm[Any]:
     """A progress bar on stderr (bytes per second and time left); none where nobody watches.
 
-    Several threads may advance it.
+    Several threads may advance it. Of several processes the main one shows it, and takes the others
+    to be as far as itself.
     """
     from tqdm import tqdm
 
@@ -237,7 +263,7 @@ def progress(total: int, description: str, unit: str = "B") -> tqdm[Any]:
     class Bar(tqdm):  # type: ignore[type-arg]
         def update(self, n: float | None = 1) -> bool | None:
             with lock:
-                return super().update(n)
+                return super().update(n and n * processes.count())
 
     return Bar(
         total=total,
@@ -246,21 +272,25 @@ def progress(total: int, description: str, unit: str = "B") -> tqdm[Any]:
         unit_scale=True,
         leave=False,
         dynamic_ncols=True,
-        disable=True if _quiet else None,  # None: off unless stderr is a terminal
+        # None: off unless stderr is a terminal
+        disable=None if not _quiet and processes.is_main() else True,
     )
 
 
 def pick_device(name: str) -> torch.device:
     """The device that ``--device`` names; ``auto`` is the first GPU, else the CPU with a notice.
 
+    Of several processes on a machine, ``auto`` gives each the next GPU.
+
     Raises:
         UserError: a device that PyTorch does not know or does not see.
     """
     import torch
 
+    torch.backends.cuda.matmul.allow_tf32 = False  # the certificate's bound is of fp32 products
     if name == "auto":
         if torch.cuda.is_available():
-            return torch.device("cuda:0")
+            return torch.device("cuda", processes.local_rank() % max(1, torch.cuda.device_count()))
         notice("No GPU visible to PyTorch: using the CPU.")
         return torch.device("cpu")
     try:
@@ -279,7 +309,21 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def _fail(parser: argparse.ArgumentParser, message: str) -> int:
+def _import_torch() -> None:
+    """Which every script needs: a tenth faster without the collector, which would find nothing."""
+    if "torch" in sys.modules:
+        return
+    gc.disable()
+    try:
+        import torch  # noqa: F401
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def _fail(parser: argparse.ArgumentParser, message: str, *, always: bool = False) -> int:
+    if not (always or processes.is_main()):
+        return EXIT_BAD_INPUT
     one_line = _printable(" ".join(message.split()))
     if len(one_line) > _LONGEST_MESSAGE:
         one_line = f"{one_line[: _LONGEST_MESSAGE // 2]} ... {one_line[-_LONGEST_MESSAGE // 2 :]}"

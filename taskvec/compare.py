@@ -13,13 +13,14 @@ import torch
 
 from taskvec.certificate import Block, ParameterCertificate
 from taskvec.checkpoint import Checkpoint
+from taskvec.recipes import differing
 from taskvec.rounding import NARROW_FORMATS, Format, subtract_rows
 from taskvec.taskvector import TaskVector
-from taskvec.tensorfile import row_blocks
+from taskvec.tensorfile import row_blocks, to_device
 from taskvec.update import Update
 
 PERFECT_COSINE = 0.9999
-BLOCK_ELEMENTS = 1 << 19
+BLOCK_ELEMENTS = 1 << 18  # small enough for a core's own cache, which is most of the speed
 
 LORA, UNCHANGED, CAST, UNEXPLAINED = "lora", "unchanged", "cast", "unexplained"
 KINDS = (LORA, UNCHANGED, CAST, UNEXPLAINED)
@@ -45,12 +46,12 @@ class Magnitude:
     def norm(self) -> float:
         return math.sqrt(self.squared_norm)
 
-    def add(self, rows: torch.Tensor) -> None:
-        """Take rows of any shape and float dtype into account."""
+    def add(self, rows: torch.Tensor, wide: torch.Tensor | None = None) -> None:
+        """Take rows of any shape and float dtype into account; ``wide``: the same in float64."""
         if not rows.numel():
             return
-        self.nonzero += int(torch.count_nonzero(rows))
-        wide = rows.double().flatten()
+        self.nonzero += int(rows.bool().count_nonzero())  # of floats it takes twice the time
+        wide = (rows.double() if wide is None else wide).flatten()
         squared = float(torch.dot(wide, wide))
         if math.isfinite(squared):  # then every element is finite
             low, high = rows.aminmax()
@@ -76,12 +77,24 @@ class PairSums:
     difference_max: float = 0.0
     exact: int = 0
 
-    def add(self, task_vector: torch.Tensor, delta: torch.Tensor) -> None:
-        """Take rows of T (fp32) and delta (float64) into account, as far as they are finite."""
+    def add(
+        self,
+        task_vector: torch.Tensor,
+        delta: torch.Tensor,
+        wide: torch.Tensor | None = None,
+        difference: torch.Tensor | None = None,
+    ) -> None:
+        """Take rows of T (fp32) and delta (float64) into account, as far as they are finite.
+
+        Args:
+            wide, difference: the same rows of T and of T - delta in float64, where they are at
+                hand; the latter is used up.
+        """
         if not task_vector.numel():
             return
-        wide, delta = task_vector.double().flatten(), delta.flatten()
-        difference = wide - delta
+        task_vector, delta = task_vector.flatten(), delta.flatten()
+        wide = task_vector.double() if wide is None else wide.flatten()
+        difference = wide - delta if difference is None else difference.flatten()
         squared = float(torch.dot(difference, difference))
         if not math.isfinite(squared):
             finite = torch.isfinite(wide)
@@ -89,7 +102,8 @@ class PairSums:
             difference = wide - delta
             squared = float(torch.dot(difference, difference))
         self.elements += wide.numel()
-        self.exact += int(torch.count_nonzero(task_vector.flatten() == delta.float()))
+        inexact = differing(task_vector, delta.float()).sum()  # exact up to 2^24 elements
+        self.exact += wide.numel() - int(inexact)
         self.delta_squared += float(torch.dot(delta, delta))
         self.product += float(torch.dot(wide, delta))
         self.difference_squared += squared
@@ -170,13 +184,21 @@ class ParameterResult:
         return certificate.violations > 0 and certificate.lost == certificate.changed_by_update
 
 
+def is_zero(rows: torch.Tensor) -> bool:
+    """Whether every element is 0, with either sign; a quarter of the time of ``not rows.any()``."""
+    if not rows.numel():
+        return True
+    low, high = rows.aminmax()  # a NaN among them makes both NaN
+    return float(low) == 0 == float(high)
+
+
 def read_blocks(
     base: Checkpoint, vector: TaskVector, name: str, device: torch.device
 ) -> Iterator[Block]:
     """A parameter of the base and of the task vector, block by block, on the device."""
     info = base.tensors[name]
     for start, stop in row_blocks(info, BLOCK_ELEMENTS):
-        yield vector.block(base.read(name, start, stop).to(device), name, start, stop)
+        yield vector.block(to_device(base.read(name, start, stop), device), name, start, stop)
 
 
 def compare_parameter(
@@ -199,10 +221,12 @@ def compare_parameter(
         )
         for block in read_blocks(base, vector, name, device):
             delta = update.exact(block.start, block.stop)
-            if not certificate.add(block, delta):
+            wide = block.task_vector.double()
+            difference = wide - delta
+            if not certificate.add(block, delta, difference):
                 break
-            magnitude.add(block.task_vector)
-            sums.add(block.task_vector, delta)
+            magnitude.add(block.task_vector, wide)
+            sums.add(block.task_vector, delta, wide, difference)
         else:
             break
     kind = UNEXPLAINED if certificate.violations else LORA
@@ -226,7 +250,7 @@ def attribute_parameter(
     casts = list(NARROW_FORMATS)
     for block in read_blocks(base, vector, name, device):
         casts = [format for format in casts if _is_cast(block, format)]
-        if bool(block.task_vector.any()):
+        if not is_zero(block.task_vector):
             magnitude.add(block.task_vector)
     if not magnitude.nonzero:
         return ParameterResult(name, info.shape, UNCHANGED, magnitude)

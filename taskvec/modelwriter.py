@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from taskvec import processes
 from taskvec.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
 from taskvec.cli import UserError, notice
 from taskvec.conversions import stays_in_fp32
@@ -139,10 +140,15 @@ def write_models(
                 base, base.tensors[name], files[name], formats[name], edit(name), bar
             ),
             files,
+            cost=lambda name: base.tensors[name].nbytes,
         )
-    for directory in directories:
-        _write_index(directory, shards)
-        _copy_side_files(base, directory, format)
+
+    def write_other_files() -> None:
+        for directory in directories:
+            _write_index(directory, shards)
+            _copy_side_files(base, directory, format)
+
+    processes.by_main(write_other_files)
     return shards
 
 
@@ -160,9 +166,9 @@ def _write_tensor(
 ) -> None:
     target = writers[0].tensors[info.name]
     if make_rows is None and info.dtype == target.dtype:
-        for writer in writers:
+        for writer in writers[1:]:
             writer.copy(base.shards[info.path], info)
-        bar.update(info.nbytes)
+        writers[0].copy(base.shards[info.path], info, bar.update)
         return
     for start, stop in row_blocks(info, BLOCK_ELEMENTS):
         rows = base.read(info.name, start, stop)
@@ -176,7 +182,7 @@ def _write_tensor(
 def _refuse_overflow(
     info: TensorInfo, base: torch.Tensor, new: torch.Tensor, format: Format
 ) -> None:
-    if not new.is_floating_point() or math.isfinite(float(new.sum(dtype=torch.float64))):
+    if not new.is_floating_point() or math.isfinite(float(new.sum(dtype=torch.float32))):
         return  # one NaN or infinity would have made the sum one
     finite = torch.isfinite(new)
     if bool(finite.all()):

@@ -2,7 +2,8 @@
 
 Everything is written beside its target under a temporary name, flushed, and renamed; an earlier
 output changes places with the new one in a single step, where the system has that. A run that is
-killed leaves at most the temporary directory, and the next run removes it.
+killed leaves at most the temporary directory, and the next run removes it. Where several processes
+share a run, the main one does all of this and every one gets the same directory to write into.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+from taskvec import processes
 from taskvec.cli import UserError
 
 _PARTIAL = ".partial"
@@ -46,22 +48,30 @@ def output_directory(
             another run.
     """
     target = target.resolve()
-    _check_target(target, is_ours, inputs)
     partial = _beside(target, _PARTIAL)
-    with _new_parents(target), _naming(target):
-        lock = _claim(partial)
-        try:
-            yield partial
+    with _naming(target), contextlib.ExitStack() as stack:
+
+        def begin() -> None:
+            _check_target(target, is_ours, inputs)
+            stack.enter_context(_new_parents(target))
+            stack.callback(os.close, _claim(partial))
+
+        def finish() -> None:
             for path in sorted(partial.rglob("*")):
                 _flush(path)
             _flush(partial)
             _check_target(target, is_ours, inputs)  # nobody has put other files there meanwhile
             _take_place(partial, target)
+
+        processes.by_main(begin)
+        try:
+            yield partial
+            processes.wait()
+            processes.by_main(finish)
         except BaseException:
-            _remove(partial)
+            if processes.is_main():
+                _remove(partial)
             raise
-        finally:
-            os.close(lock)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -52,12 +52,20 @@ class Format:
         """Values rounded to this format and back to fp32 (or kept in float64 if they are)."""
         return values.to(self.dtype).to(torch.promote_types(values.dtype, torch.float32))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled by name: a format is compared by identity, also after it has travelled."""
+        return _format_of_name, (self.name,)
+
 
 FP32 = Format("fp32", torch.float32, 24, 2.0**-150, torch.finfo(torch.float32).max)
 FP16 = Format("fp16", torch.float16, 11, 2.0**-25, 65504.0)
 BF16 = Format("bf16", torch.bfloat16, 8, 2.0**-134, torch.finfo(torch.bfloat16).max)
 FORMATS = {format.name: format for format in (FP32, FP16, BF16)}
 NARROW_FORMATS = (FP16, BF16)
+
+
+def _format_of_name(name: str) -> Format:
+    return FORMATS[name]
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from taskvec.checkpoint import Checkpoint
 from taskvec.cli import UserError
 from taskvec.names import aligned
 from taskvec.rounding import BF16, FORMATS, FP16, FP32, Format, subtract_rows
-from taskvec.tensorfile import TensorFile, TensorInfo
+from taskvec.tensorfile import TensorFile, TensorInfo, to_device
 from taskvec.ties import set_copies_aside
 
 TASK_VECTOR_FILE = "task_vector.safetensors"
@@ -101,7 +101,7 @@ class StoredTaskVector:
             rows = self.file.read(self.file.tensors[name], start, stop)
         else:  # a parameter that the file leaves out has not changed
             rows = torch.zeros(base.shape)
-        rows = rows.to(base.device, torch.float32)
+        rows = to_device(rows, base.device).to(torch.float32)
         return Block(start, stop, base, _subtracted(base, self.base_format), rows)
 
 
@@ -138,7 +138,7 @@ class FormedTaskVector:
     def block(self, base: torch.Tensor, name: str, start: int, stop: int) -> Block:
         merged = base
         if name in self.merged.tensors:
-            merged = self.merged.read(name, start, stop).to(base.device)
+            merged = to_device(self.merged.read(name, start, stop), base.device)
         subtracted = _subtracted(base, self.base_format)
         rows = subtract_rows(merged, subtracted)
         return Block(start, stop, base, subtracted, rows, merged)

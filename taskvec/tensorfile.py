@@ -15,7 +15,7 @@ import errno
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from taskvec import processes
 from taskvec.cli import UserError
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
@@ -49,6 +50,10 @@ DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 # Linux's own call: Python's posix_fallocate writes zeros where the file system cannot do it.
 _fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
+_sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)
+_SYNC_FILE_RANGE_WRITE = 2
+
+_COPIED_AT_ONCE = 1 << 26  # bytes; what is copied is on its way to disk while the next is copied
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,11 @@ class TensorInfo:
     @property
     def row_elements(self) -> int:
         return math.prod(self.row_shape)
+
+    @property
+    def end(self) -> int:
+        """Where its bytes end within ``path``."""
+        return self.offset + self.nbytes
 
     @property
     def is_float(self) -> bool:
@@ -122,7 +132,11 @@ class TensorFile:
         stop = info.rows if stop is None else stop
         row_bytes = info.nbytes // info.rows if info.rows else 0
         buffer = torch.empty((stop - start) * row_bytes, dtype=torch.uint8)
-        self._read_into(_bytes_of(buffer), info.offset + start * row_bytes)
+        offset = info.offset + start * row_bytes
+        self._read_into(_bytes_of(buffer), offset)
+        _read_ahead(
+            self._fd, offset + len(buffer), min(len(buffer), info.end - offset - len(buffer))
+        )
         shape = info.shape if whole or not info.shape else (stop - start, *info.row_shape)
         return buffer.view(info.dtype).view(shape)
 
@@ -186,7 +200,8 @@ class TensorFileWriter:
     """A safetensors file written piece by piece, in any order; what is never written is zero.
 
     Bytes that are not written are a hole: they take no disk and read as zeros. The file is
-    complete and on disk when the context ends without an exception.
+    complete and on disk when the context ends without an exception. Where several processes share
+    a run, every one opens it, the main one makes it, and each may write.
 
     Args:
         path: a file that does not exist yet.
@@ -212,10 +227,9 @@ class TensorFileWriter:
             }
         text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        self._data = 8 + len(text)
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-        _write_all(self._fd, memoryview(len(text).to_bytes(8, "little") + text), 0)
-        os.truncate(self._fd, self._data + end)
+        content = len(text).to_bytes(8, "little") + text
+        processes.by_main(lambda: _create(path, content, len(content) + end))
+        self._fd = os.open(path, os.O_RDWR)
         self.tensors, _ = _read_header(path, self._fd)
 
     def write(self, name: str, rows: torch.Tensor, start: int = 0) -> None:
@@ -228,12 +242,26 @@ class TensorFileWriter:
         offset = info.offset + start * info.row_elements * info.dtype.itemsize
         _reserve(self._fd, offset, len(flat))
         _write_all(self._fd, _bytes_of(flat), offset)
+        _begin_to_store(self._fd, offset, len(flat))
 
-    def copy(self, source: TensorFile, info: TensorInfo) -> None:
-        """Copy a tensor of the same name, dtype and shape from another file, byte for byte."""
-        offset = self.tensors[info.name].offset
-        _reserve(self._fd, offset, info.nbytes)
-        source.copy_range(info.offset, info.nbytes, self._fd, offset)
+    def copy(
+        self,
+        source: TensorFile,
+        info: TensorInfo,
+        advance: Callable[[int], object] = lambda nbytes: None,
+    ) -> None:
+        """Copy a tensor of the same name, dtype and shape from another file, byte for byte.
+
+        Args:
+            advance: told of the bytes of each piece.
+        """
+        target = self.tensors[info.name]
+        _reserve(self._fd, target.offset, info.nbytes)
+        for done in range(0, info.nbytes, _COPIED_AT_ONCE):
+            nbytes = min(_COPIED_AT_ONCE, info.nbytes - done)
+            source.copy_range(info.offset + done, nbytes, self._fd, target.offset + done)
+            _begin_to_store(self._fd, target.offset + done, nbytes)
+            advance(nbytes)
 
     def close(self) -> None:
         os.fsync(self._fd)
@@ -258,6 +286,13 @@ def row_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     that it is read in pieces of them.
     """
     return shape[2:] if len(shape) == 3 else shape[1:]
+
+
+def to_device(rows: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Rows on a device; to a GPU from pinned memory, so that this thread need not wait for them."""
+    if device.type != "cuda" or rows.device.type != "cpu":
+        return rows.to(device)
+    return rows.pin_memory().to(device, non_blocking=True)
 
 
 def row_blocks(info: TensorInfo, elements: int) -> Iterator[tuple[int, int]]:
@@ -285,6 +320,34 @@ def _reserve(fd: int, offset: int, nbytes: int) -> None:
         code = ctypes.get_errno()
         if code in (errno.ENOSPC, errno.EDQUOT):
             raise OSError(code, os.strerror(code))
+
+
+def _read_ahead(fd: int, offset: int, end: int) -> None:
+    """Have the system fetch the bytes that will be read next, while the last are worked on.
+
+    Its own guess fails where several threads read one file.
+    """
+    if offset < end and hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(fd, offset, end - offset, os.POSIX_FADV_WILLNEED)
+
+
+def _begin_to_store(fd: int, offset: int, nbytes: int) -> None:
+    """Have the system begin to put written bytes on disk, so that fsync has less to wait for.
+
+    A hint: what goes wrong with it goes wrong with fsync too, which tells.
+    """
+    if _sync_file_range is not None:
+        _sync_file_range(fd, ctypes.c_int64(offset), ctypes.c_int64(nbytes), _SYNC_FILE_RANGE_WRITE)
+
+
+def _create(path: Path, content: bytes, size: int) -> None:
+    """A file that begins with some bytes and is a hole from there to its end."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        _write_all(fd, memoryview(content), 0)
+        os.truncate(fd, size)
+    finally:
+        os.close(fd)
 
 
 def _write_all(fd: int, view: memoryview, offset: int) -> None:

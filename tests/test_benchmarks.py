@@ -14,7 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks import benchmark, inputs
-from benchmarks.measure import CommandFailed, measure
+from benchmarks.measure import CommandFailed, Measured, measure
+from benchmarks.table import Row, WidthResult
 from taskvec.adapter import open_adapter
 from taskvec.checkpoint import open_checkpoint
 from taskvec.tensorfile import TensorFileWriter
@@ -31,7 +32,7 @@ def test_measures_the_merge_beside_cp_and_removes_everything(tmp_path, capsys):
 
     shown = capsys.readouterr()
     rows = [line.split(" | ")[:2] for line in shown.out.splitlines() if line.startswith("| ")]
-    assert rows[2:] == [["| copy", "cp -r"], ["| merge", "this project"]]
+    assert rows[2:] == [["| read", "cat"], ["| copy", "cp -r"], ["| merge", "this project"]]
     assert table.read_text(encoding="utf-8") == shown.out
     assert "GB of disk" in shown.err
     assert list(work.iterdir()) == []
@@ -58,6 +59,35 @@ def test_base_and_adapter_are_what_transformers_and_the_project_load(tmp_path):
 
 def test_full_width_has_the_size_of_starcoder2_3b(tmp_path):
     assert inputs.nbytes(inputs.write_config(tmp_path, 1.0)) == 4 * 3_030_371_328
+
+
+def measured(seconds: float) -> Measured:
+    return Measured(seconds, peak=0, read_calls=0, read_disk=0, written=0, output="")
+
+
+def test_the_limit_is_the_bytes_that_must_move_at_the_speed_of_cat_and_cp():
+    """A base of 4 GB, read at 2 GB/s, copied to disk at 1 GB/s."""
+    rows = [Row("read", "cat", measured(2.0), 0.0), Row("copy", "cp -r", measured(3.0), 1.0)]
+    moves = {"merge": (4 * 10**9, 4 * 10**9), "extract": (8 * 10**9, 10**9)}
+
+    result = WidthResult(1.0, 10**9, "fp32", measured(1.0), rows, moves, [])
+
+    assert result.limit("merge") == pytest.approx(4.0)
+    assert result.limit("extract") == pytest.approx(1.0 + 3.5)
+    assert result.limit("copy") is None
+
+
+def test_the_obvious_way_is_left_out_where_two_models_do_not_fit_in_memory(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(benchmark, "_memory", lambda: 1000)
+
+    status = benchmark.main(["--width", str(TINY), "--steps", "merge", "--work_dir", str(tmp_path)])
+
+    assert status == 0
+    shown = capsys.readouterr()
+    assert "| obvious |" not in shown.out
+    assert "do not fit in memory" in shown.err
 
 
 def test_refuses_before_it_writes_when_the_disk_is_too_small(tmp_path, capsys, monkeypatch):

@@ -14,6 +14,9 @@ from safetensors.torch import load_file, save_file
 import final_validation
 from extract_task_vectors import extract
 from merge_lora import merge
+from taskvec.adapter import open_adapter
+from taskvec.checkpoint import open_checkpoint
+from taskvec.rounding import FORMATS
 from tests.models import make_adapter, make_base
 from tests.test_compare_lora_task_vector import FILES
 
@@ -172,3 +175,20 @@ def test_a_model_too_large_for_the_memory_is_said_to_be(
     assert run(pair, tmp_path, "--precisions", "fp32") == 0
     document = json.loads((tmp_path / "validation_summary.json").read_text())
     assert "GB are free" in document["behaviour"]["skipped"]
+
+
+def test_the_room_asked_for_is_what_the_tensors_take(example: tuple[Path, str]) -> None:
+    """The merged model, what is not zero of the task vector, and the deltas."""
+    out, _ = example
+    base, lora = ROOT / "examples/starcoder2-mini", ROOT / "examples/starcoder2-mini-lora"
+    for precision in ("fp32", "bf16"):
+        files = [
+            out / f"merged_model_{precision}/model.safetensors",
+            out / f"task_vectors_{precision}/task_vector.safetensors",
+            out / f"comparison_results_{precision}/lora_deltas.safetensors",
+        ]
+        merged, vector, deltas = (load_file(file) for file in files)
+        stored = [*merged.values(), *deltas.values(), *(t for t in vector.values() if t.any())]
+        with open_checkpoint(str(base)) as opened, open_adapter(str(lora), opened) as adapter:
+            needed = final_validation._output_bytes(opened, adapter, FORMATS[precision])
+        assert needed == sum(tensor.nbytes for tensor in stored)
