@@ -276,8 +276,8 @@ class _Binding:
         if self._rename(parameter) not in self.base.tensors:
             raise UserError(
                 f"{info.path}: replaces {parameter}, which {self.base.source} has not got; load "
-                "the base in transformers with the head that was trained (AutoModelFor...), save it, "
-                "and merge into that"
+                "the base in transformers with the head that was trained (AutoModelFor...), save "
+                "it, and merge into that"
             )
         name, found = self._find(parameter, parameter)
         if found.shape != info.shape:
