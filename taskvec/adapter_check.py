@@ -8,7 +8,7 @@ the merge itself uses, take it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from taskvec.adapter_problems import (
 from taskvec.checkpoint import Checkpoint, locate_adapter
 from taskvec.cli import UserError
 from taskvec.lora_config import LoraConfig, load_config
-from taskvec.names import naming_rules, renaming
+from taskvec.names import by_key, naming_rules, renaming
 from taskvec.targets import TargetRule
 from taskvec.tensorfile import TensorFile, TensorInfo, row_blocks
 from taskvec.update import Update
@@ -218,14 +218,26 @@ def _parameter(module: str, rule: tuple[str, str], base: Checkpoint | None) -> s
     return None
 
 
-def _base_modules(base: Checkpoint, rule: tuple[str, str]) -> list[str]:
-    """The base's modules that can be adapted, as the adapter would name them."""
+def _base_modules(base: Checkpoint, rule: tuple[str, str], adapted: Sequence[str]) -> list[str]:
+    """The base's modules that can be adapted, as the adapter would name them.
+
+    That is by what they are called in memory, or in the file where the adapter does so too.
+    """
     strip, add = rule
-    return [
-        strip + name.removesuffix(".weight").removeprefix(add)
-        for name, info in base.tensors.items()
-        if name.endswith(".weight") and name.startswith(add) and len(info.shape) > 1
-    ]
+
+    def modules(names: Iterable[str]) -> list[str]:
+        return [
+            strip + name.removesuffix(".weight").removeprefix(add)
+            for name in names
+            if name.endswith(".weight") and name.startswith(add)
+        ]
+
+    matrices = {
+        key: name for key, name in by_key(base).items() if len(base.tensors[name].shape) > 1
+    }
+    in_file = modules(matrices.values())
+    in_memory = modules(n if key.expert is not None else key.name for key, n in matrices.items())
+    return in_file if set(adapted) & (set(in_file) - set(in_memory)) else in_memory
 
 
 def _base_problems(
@@ -238,7 +250,7 @@ def _base_problems(
     adapted, targets = [found.module for found in factors], TargetRule(config.values)
     if base is None:
         return list(target_problems(targets, adapted, adapted, "the adapter file"))
-    modules = _base_modules(base, rule)
+    modules = _base_modules(base, rule, adapted)
     return [
         *fit_problems(factors, base, config),
         *target_problems(targets, adapted, modules, "the base"),
