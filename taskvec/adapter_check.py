@@ -258,7 +258,12 @@ def _base_problems(
     base: Checkpoint | None,
 ) -> list[Problem]:
     """What does not fit the base; without one, what does not fit within the adapter."""
-    adapted, targets = [found.module for found in factors], TargetRule(config.values)
+    targets = TargetRule(config.values)
+    adapted = [  # what target_parameters names is none of target_modules' business
+        found.module
+        for found in factors
+        if found.module not in config.parameters_of(found.module.rpartition(".")[0])
+    ]
     if base is None:
         return list(target_problems(targets, adapted, adapted, "the adapter file"))
     modules = _base_modules(base, rule, adapted)
