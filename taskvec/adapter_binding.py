@@ -11,6 +11,7 @@ import torch
 from taskvec.adapter_keys import BIAS, MAGNITUDE, TOKENS, A, B, Group, grouped_keys
 from taskvec.adapter_parts import (
     BiasPart,
+    ExpertPart,
     ExpertsPart,
     LowRankPart,
     Part,
@@ -20,8 +21,9 @@ from taskvec.adapter_parts import (
 from taskvec.adapter_ties import settle_ties
 from taskvec.checkpoint import Checkpoint
 from taskvec.cli import UserError
+from taskvec.conversions import conversion_of
 from taskvec.lora_config import LoraConfig
-from taskvec.names import renaming
+from taskvec.names import Piece, is_expert, pieces, renaming
 from taskvec.tensorfile import TensorFile, TensorInfo, row_blocks
 from taskvec.ties import tied_to
 
@@ -75,11 +77,26 @@ class _Binding:
             if not config.parameters_of(group.module)
             and not tied_to(base, f"{group.module}.weight")
         ]
-        self._rename = renaming(own, base)
+        named = [name for group in groups for name in config.parameters_of(group.module)]
+        self._rename = renaming(own, base, named)
+        self._pieces = pieces(base)
+        self._refuse_if_strange([*own, *named])
         settle_ties(file, config, base, groups, whole, self._rename)
         self._check_saved(whole)
         self._squares: list[tuple[str, LowRankPart]] = []
         self._shown: dict[str, bool] = {}
+
+    def _refuse_if_strange(self, adapted: Sequence[str]) -> None:
+        """An adapter of which nothing is found has names of its own, or is of another model."""
+        found = any(
+            self._shape(name) is not None for each in adapted for name in (each, f"{each}.weight")
+        )
+        if adapted and not found:
+            raise UserError(
+                f"{self.file.path}: adapts {adapted[0]}, which {self.base.source} has not got, nor "
+                "any other that it adapts; give the base that it was trained on, and if it is that "
+                "one, load it in transformers and save it with save_original_format=False"
+            )
 
     # -- one wrapper of one module ---------------------------------------------------
 
@@ -114,7 +131,7 @@ class _Binding:
             *factors,
             scaling,
             transposed=group.embedding,
-            rounds_delta=group.embedding or self.config.rounds_delta,
+            rounds_delta=group.embedding or self.config.rounds_delta or self._is_fused(name),
             magnitude=magnitude,
         )
         if len(info.shape) > 2:
@@ -141,10 +158,20 @@ class _Binding:
         self._add(name, part)
         self._add_bias(group, scaling)
 
+    def _is_fused(self, name: str) -> bool:
+        """Whether PEFT adapts this module's weight as a parameter, since transformers 5 fuses it.
+
+        That holds for experts, and for the router beside them.
+        """
+        experts = conversion_of(self.base.config()).experts
+        return is_expert(self.base, name) or (
+            experts is not None and name.endswith((".mlp.gate.weight", "_moe.gate.weight"))
+        )
+
     def _add_to_parameter(self, group: Group, named: Sequence[str]) -> None:
         """LoRA on a parameter that target_parameters names: a matrix, or a stack of them."""
         fits = [name for name in named if self._fits(group, self._rename(name))]
-        missing = [name for name in named if self._rename(name) not in self.base.tensors]
+        missing = [name for name in named if self._shape(name) is None]
         if len(missing) == len(named):
             raise UserError(
                 f"{self.file.path}: adapts {' and '.join(named)}, which {self.base.source} has not "
@@ -157,11 +184,13 @@ class _Binding:
                 f"{self.file.path}: {group.module}: {shapes} fit "
                 f"{'both' if fits else 'none of'} {choice}, so it is not known what they adapt"
             )
+        if apart := self._pieces.get(self._rename(fits[0])):
+            self._add_to_pieces(group, fits[0], apart)
+            return
         name, info = self._find(fits[0], fits[0])
         experts = info.shape[0] if len(info.shape) == 3 else 1
         scaling = self._checked_scaling(group, fits[0], experts)
-        if BIAS in group.tensors or MAGNITUDE in group.tensors:
-            raise UserError(f"{self.file.path}: {fits[0]}: PEFT has no bias or DoRA for parameters")
+        self._refuse_extras(group, fits[0])
         factors = group.tensors[A], group.tensors[B]
         if experts == 1:
             stored = info.shape if len(info.shape) == 3 else None
@@ -171,6 +200,25 @@ class _Binding:
             part = ExpertsPart(self.file, *factors, scaling, experts, transposed)
         self._add(name, part)
 
+    def _add_to_pieces(self, group: Group, parameter: str, apart: Sequence[Piece]) -> None:
+        """LoRA on experts that are fused in memory, and lie one by one in the base's file."""
+        experts = len(apart) // apart[0].parts
+        scaling = self._checked_scaling(group, parameter, experts)
+        self._refuse_extras(group, parameter)
+        factors = group.tensors[A], group.tensors[B]
+        whole = ExpertsPart(self.file, *factors, scaling, experts, transposed=False)
+        for piece in apart:
+            name, info = self._find(piece.name, piece.name)
+            rows, columns = factors[1].shape[0] // piece.parts, factors[0].shape[1]
+            self._check_shape(group, name, info, (rows, columns))
+            self._add(name, ExpertPart(whole, piece))
+
+    def _refuse_extras(self, group: Group, parameter: str) -> None:
+        if BIAS in group.tensors or MAGNITUDE in group.tensors:
+            raise UserError(
+                f"{self.file.path}: {parameter}: PEFT has no bias or DoRA for parameters"
+            )
+
     def _is_transposed(self, group: Group, name: str, info: TensorInfo) -> bool:
         """Whether a stack's matrices are stored (in, out); the shape of a square one cannot say."""
         into, out = group.tensors[A].shape[1], group.tensors[B].shape[0]
@@ -179,7 +227,7 @@ class _Binding:
         kind = self.base.config().get("model_type")
         if kind in _TRANSPOSED_EXPERTS:
             return True
-        if kind in _EXPERTS_BY_OUTPUT:
+        if kind in _EXPERTS_BY_OUTPUT or conversion_of(self.base.config()).experts:
             return False
         raise UserError(
             f"{self.file.path}: {name} in {self.base.source} holds square matrices {info.shape}, "
@@ -226,6 +274,12 @@ class _Binding:
     # -- whole tensors ----------------------------------------------------------------
 
     def add_whole(self, parameter: str, info: TensorInfo) -> None:
+        if self._rename(parameter) not in self.base.tensors:
+            raise UserError(
+                f"{info.path}: replaces {parameter}, which {self.base.source} has not got; load "
+                "the base in transformers with the head that was trained (AutoModelFor...), save "
+                "it, and merge into that"
+            )
         name, found = self._find(parameter, parameter)
         if found.shape != info.shape:
             raise UserError(
@@ -278,6 +332,12 @@ class _Binding:
         """The base's name for a parameter, and where it lies."""
         name = self._rename(parameter)
         info = self.base.tensors.get(name)
+        if info is None and is_expert(self.base, parameter):
+            raise UserError(
+                f"{self.file.path}: adapts {adapted}, but {self.base.source} lacks it, or has its "
+                "experts fused where the adapter has them one by one; use the base as it was "
+                "published"
+            )
         if info is None:
             raise UserError(
                 f"{self.file.path}: adapts {adapted}, which {self.base.source} has not got"
@@ -349,17 +409,24 @@ class _Binding:
 
     def _fits(self, group: Group, name: str) -> bool:
         """Whether a pair has the shape of a parameter or of the matrices stacked in it."""
-        info = self.base.tensors.get(name)
-        if info is None:
+        shape = self._shape(name)
+        if shape is None:
             return False
         into, out = group.tensors[A].shape[1], group.tensors[B].shape[0]
-        if len(info.shape) == 3 and info.shape[0] > 1:
-            return {into, out} == set(info.shape[1:]) and into + out == sum(info.shape[1:])
-        return info.shape[-2:] == (out, into)
+        if len(shape) == 3 and shape[0] > 1:
+            return {into, out} == set(shape[1:]) and into + out == sum(shape[1:])
+        return shape[-2:] == (out, into)
 
-    def _shape(self, name: str) -> tuple[int, ...] | None:
-        info = self.base.tensors.get(self._rename(name))
-        return info.shape if info else None
+    def _shape(self, parameter: str) -> tuple[int, ...] | None:
+        """A parameter's shape in memory; None if the base has not got it."""
+        name = self._rename(parameter)
+        if name in self.base.tensors:
+            return self.base.tensors[name].shape
+        apart = self._pieces.get(name)
+        if not apart:
+            return None
+        parts, (rows, *rest) = apart[0].parts, self.base.tensors[apart[0].name].shape
+        return (len(apart) // parts, parts * rows, *rest)
 
     # -- orientation of square weights ---------------------------------------------------
 
@@ -387,7 +454,7 @@ class _Binding:
 
 # How transformers stores a stack of experts: its modules' ``is_transposed``.
 _TRANSPOSED_EXPERTS = ("gpt_oss", "llama4", "llama4_text")
-_EXPERTS_BY_OUTPUT = ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "olmoe", "granitemoe")
+_EXPERTS_BY_OUTPUT = ("granitemoe",)
 
 
 def _check_whole(file: TensorFile, config: LoraConfig, whole: dict[str, TensorInfo]) -> None:

@@ -5,22 +5,25 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel
+from transformers import AutoModel, AutoModelForSequenceClassification
 
 import final_validation
 from compare_lora_task_vector import compare
 from extract_task_vectors import extract
 from merge_lora import merge
+from taskvec import behaviour
 from taskvec.checkpoint import open_checkpoint
 from taskvec.cli import UserError
-from tests.checks import assert_same_bits, edit_json, names, weights
-from tests.models import load, peft_merge
+from tests.checks import assert_same_bits, edit_json, edit_tensors, names, weights
+from tests.models import auto_class, load, peft_merge
 
-FAST = {"generate_plots": False, "detailed_report": False, "device": "cpu"}
+FAST: dict[str, Any] = {"generate_plots": False, "detailed_report": False, "device": "cpu"}
 INDEX = "pytorch_model.bin.index.json"
 
 
@@ -33,7 +36,7 @@ def as_bin(source: Path, target: Path, tensors=None, *, shards=1, **options) -> 
     if shards == 1:
         torch.save(tensors, target / "pytorch_model.bin", **options)
         return target
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number in range(shards):
         file = f"pytorch_model-{number + 1:05d}-of-{shards:05d}.bin"
         part = {name: tensors[name] for name in order[number::shards]}
@@ -43,9 +46,13 @@ def as_bin(source: Path, target: Path, tensors=None, *, shards=1, **options) -> 
     return target
 
 
-def certify(base, adapter, merged, directory):
+def certify(base: Path, adapter: Path, merged: Path, directory: Path) -> list[str]:
     """The verdict on a merged model, directly and through its extracted task vector."""
     extract(str(base), str(merged), directory / "tv", device="cpu")
+    ways: tuple[dict[str, Any], ...] = (
+        {"finetuned_model": str(merged)},
+        {"task_vector_path": directory / "tv"},
+    )
     return [
         compare(
             str(base),
@@ -54,7 +61,7 @@ def certify(base, adapter, merged, directory):
             **given,
             **FAST,
         ).summary["certificate"]["verdict"]
-        for given in ({"finetuned_model": str(merged)}, {"task_vector_path": directory / "tv"})
+        for given in ways
     ]
 
 
@@ -324,6 +331,26 @@ def test_an_untied_head_that_only_one_file_stores_is_a_difference(llama, llama_l
         certify(tmp_path / "base", llama_lora, tmp_path / "m", tmp_path)
 
 
+def test_a_classification_head_is_merged_into_a_base_that_has_one(tiny, tmp_path):
+    base = tiny.base("bert")
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
+    model.save_pretrained(tmp_path / "headed")
+    config = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"])
+    adapted = get_peft_model(model, config)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.02)
+    adapted.save_pretrained(tmp_path / "adapter")
+    merge(str(tmp_path / "headed"), str(tmp_path / "adapter"), tmp_path / "m", device="cpu")
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "headed")
+    theirs = PeftModel.from_pretrained(plain, tmp_path / "adapter").merge_and_unload()
+    assert_same_bits(weights(tmp_path / "m"), theirs.state_dict())
+    with pytest.raises(UserError, match=r"replaces classifier\.\w+, which .* save it, and merge"):
+        merge(str(base), str(tmp_path / "adapter"), tmp_path / "m", device="cpu")
+
+
 def test_names_in_memory_and_names_in_files_are_the_same_model(tiny, tmp_path):
     base = tiny.base("vit")
     adapter = tiny.adapter(base)
@@ -378,6 +405,124 @@ def test_older_names_of_layer_norms_are_the_same_model(tiny, copied, tmp_path):
     assert certify(old, adapter, tmp_path / "m", tmp_path) == ["exact", "exact"]
 
 
+# -- experts -----------------------------------------------------------------------
+
+
+def test_experts_may_lie_one_by_one_in_one_model_and_fused_in_the_other(tiny, tmp_path):
+    base = tiny.base("mixtral")
+    adapter = tiny.adapter(base)
+    merged = peft_merge(base, adapter, torch.float32)
+    merged.save_pretrained(tmp_path / "apart")
+    merged.save_pretrained(tmp_path / "fused", save_original_format=False)
+    assert "model.layers.0.mlp.experts.gate_up_proj" in names_of(tmp_path / "fused")
+    assert certify(base, adapter, tmp_path / "fused", tmp_path) == ["exact", "exact"]
+    found = [weights(tmp_path / "tv")]
+    assert certify(base, adapter, tmp_path / "apart", tmp_path) == ["exact", "exact"]
+    assert_same_bits(found[0], weights(tmp_path / "tv"))
+    load(base).save_pretrained(tmp_path / "base", save_original_format=False)
+    assert certify(tmp_path / "base", adapter, tmp_path / "fused", tmp_path) == ["exact", "exact"]
+    with pytest.raises(UserError, match=r"one by one, .*base fused; .*save_original_format"):
+        certify(tmp_path / "base", adapter, tmp_path / "apart", tmp_path)
+
+
+def test_one_element_of_one_expert_is_seen_in_a_fused_model(tiny, tmp_path):
+    base = tiny.base("mixtral")
+    adapter = tiny.adapter(base)
+    merged = peft_merge(base, adapter, torch.float32)
+    with torch.no_grad():
+        merged.model.layers[1].mlp.experts.gate_up_proj[2, 48 + 5, 7] += 0.25
+    merged.save_pretrained(tmp_path / "fused", save_original_format=False)
+    extract(str(base), str(tmp_path / "fused"), tmp_path / "tv", device="cpu")
+    changed = {name: t for name, t in weights(tmp_path / "tv").items() if t.any()}
+    expert = changed["model.layers.1.block_sparse_moe.experts.2.w3.weight"]
+    assert expert.nonzero().tolist() == [[5, 7]]
+    assert sum("experts" in name for name in changed) == 1
+
+
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.gate.weight"]
+
+
+@pytest.fixture(scope="module")
+def of_experts(tiny):
+    """A Mixtral and an adapter of its fused experts and its router."""
+    base = tiny.base("mixtral")
+    return base, tiny.adapter(base, target_modules=["q_proj"], target_parameters=EXPERTS)
+
+
+def named_one_by_one(adapter: Path, target: Path, experts: int) -> Path:
+    """An adapter as transformers 4 named Mixtral's modules: each expert has its own."""
+    shutil.copytree(adapter, target)
+    edit_json(
+        target / "adapter_config.json",
+        target_parameters=None,
+        target_modules=["q_proj", "w1", "w2", "w3", "gate"],
+    )
+    tensors = weights(adapter)
+    torch.manual_seed(3)
+    for name in list(tensors):
+        module, _, factor = name.partition(".lora_")
+        if ".mlp." not in module:
+            continue
+        tensor = tensors.pop(name)
+        block = module.partition(".mlp.")[0] + ".block_sparse_moe."
+        if module.endswith(".gate"):
+            tensors[f"{block}gate.lora_{factor}"] = tensor
+            continue
+        for expert in range(experts):
+            for part in ("w1", "w3") if "base_layer" in module else ("w2",):
+                into, out = (48, 32) if part == "w2" else (32, 48)
+                shape = (4, into) if factor.startswith("A") else (out, 4)
+                key = f"{block}experts.{expert}.{part}.lora_{factor}"
+                tensors[key] = torch.randn(shape) * 0.05
+    save_file(tensors, target / "adapter_model.safetensors")
+    return target
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["fused names", "names one by one"])
+def test_experts_merge_as_in_peft(of_experts, tmp_path, old):
+    base, adapter = of_experts
+    if old:
+        adapter = named_one_by_one(adapter, tmp_path / "adapter", experts=4)
+    for precision in ("fp32", "fp16", "bf16"):
+        dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+        merge(
+            str(base),
+            str(adapter),
+            tmp_path / "m",
+            precision=precision,
+            rounding="peft",
+            device="cpu",
+        )
+        peft_merge(base, adapter, dtype).save_pretrained(tmp_path / "theirs")
+        assert_same_bits(weights(tmp_path / "m"), weights(tmp_path / "theirs"))
+        assert certify(base, adapter, tmp_path / "theirs", tmp_path) == ["exact", "exact"]
+    _, info = auto_class("mixtral").from_pretrained(tmp_path / "m", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+
+
+def test_experts_of_a_base_that_stores_them_fused_merge_the_same(of_experts, tmp_path):
+    base, adapter = of_experts
+    load(base).save_pretrained(tmp_path / "base", save_original_format=False)
+    merge(str(tmp_path / "base"), str(adapter), tmp_path / "m", device="cpu")
+    theirs = peft_merge(base, adapter, torch.float32)
+    theirs.save_pretrained(tmp_path / "theirs", save_original_format=False)
+    assert_same_bits(weights(tmp_path / "m"), weights(tmp_path / "theirs"))
+    assert certify(tmp_path / "base", adapter, tmp_path / "theirs", tmp_path) == ["exact"] * 2
+    assert certify(base, adapter, tmp_path / "theirs", tmp_path) == ["exact"] * 2
+    old = named_one_by_one(adapter, tmp_path / "adapter", experts=4)
+    with pytest.raises(UserError, match=r"adapts model\.layers\.0\..* experts fused where"):
+        merge(str(tmp_path / "base"), str(old), tmp_path / "m", device="cpu")
+
+
+def test_a_base_without_one_of_its_experts_is_refused(of_experts, copied, tmp_path):
+    base = copied(of_experts[0])
+    name = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
+    edit_tensors(base / "model.safetensors", lambda tensors: tensors.pop(name))
+    message = r"some experts of model\.layers\.1\.mlp\.experts\.gate_up_proj are missing"
+    with pytest.raises(UserError, match=message):
+        merge(str(base), str(of_experts[1]), tmp_path / "m", device="cpu")
+
+
 # -- quantised bases ---------------------------------------------------------------
 
 QUANTISED = {
@@ -427,6 +572,29 @@ def test_a_gguf_file_is_recognised(tmp_path, given):
     with pytest.raises(UserError, match=r"q4_k_m\.gguf: is a GGUF file.* use the unquantised base"):
         with open_checkpoint(str(file if given == "file" else tmp_path)):
             pass
+
+
+# -- behaviour ------------------------------------------------------------------------
+
+
+def test_a_task_vector_is_added_to_fused_experts_and_to_tied_weights_once(
+    of_experts, tiny, tmp_path
+):
+    tokens = [[5, 17, 42, 3], [60, 61]]
+    tied = tiny.base("gpt2")
+    twice = as_bin(tied, tmp_path / "twice", load(tied).state_dict())
+    head = tiny.adapter(tied, target_modules=["wte"], fan_in_fan_out=False)
+    for base, adapter in (of_experts, (twice, head)):
+        merge(str(base), str(adapter), tmp_path / "m", device="cpu")
+        extract(str(base), str(tmp_path / "m"), tmp_path / "tv", device="cpu")
+        file = tmp_path / "tv" / "task_vector.safetensors"
+        reference, *others = (
+            behaviour.adapter_logits(str(base), str(adapter), tokens, torch.device("cpu")),
+            behaviour.model_logits(str(tmp_path / "m"), tokens, torch.device("cpu")),
+            behaviour.task_vector_logits(str(base), file, tokens, torch.device("cpu")),
+        )
+        for logits in others:
+            assert behaviour.agreement(reference, logits).max_kl < behaviour.FP32_KL_LIMIT
 
 
 # -- everything at once --------------------------------------------------------------
