@@ -18,15 +18,15 @@ from taskvec.adapter_parts import (
     ReplacementPart,
     TokensPart,
 )
+from taskvec.adapter_ties import settle_ties
 from taskvec.checkpoint import Checkpoint
 from taskvec.cli import UserError
 from taskvec.conversions import conversion_of
 from taskvec.lora_config import LoraConfig
 from taskvec.names import Piece, is_expert, pieces, renaming
 from taskvec.tensorfile import TensorFile, TensorInfo, row_blocks
-from taskvec.ties import tied_to, untie
+from taskvec.ties import tied_to
 
-_HEAD = "lm_head.weight"
 _COMPARED_ELEMENTS = 1 << 20
 
 
@@ -74,13 +74,14 @@ class _Binding:
         own = [
             group.module
             for group in groups
-            if not config.parameters_of(group.module) and not _is_head(group.module)
+            if not config.parameters_of(group.module)
+            and not tied_to(base, f"{group.module}.weight")
         ]
         named = [name for group in groups for name in config.parameters_of(group.module)]
         self._rename = renaming(own, base, named)
         self._pieces = pieces(base)
         self._refuse_if_strange([*own, *named])
-        self._untie(groups, whole)
+        settle_ties(file, config, base, groups, whole, self._rename)
         self._check_saved(whole)
         self._squares: list[tuple[str, LowRankPart]] = []
         self._shown: dict[str, bool] = {}
@@ -325,53 +326,6 @@ class _Binding:
                         f"{self.config.file.name} names {module}; the file is incomplete"
                     )
 
-    # -- ties -------------------------------------------------------------------------
-
-    def _untie(self, groups: Sequence[Group], whole: dict[str, TensorInfo]) -> None:
-        """Make a tied head a parameter where the adapter changes it or the embedding alone.
-
-        Trainable tokens of the embedding count for both, as in PEFT. So does what
-        ensure_weight_tying keeps alike, which PEFT writes twice.
-        """
-        changed = {f"{group.module}.weight": group for group in groups}
-        modules = [*changed, *whole]
-        heads = [name for name in modules if tied_to(self.base, name)]
-        embedding = tied_to(self.base, heads[0] if heads else _HEAD)
-        if embedding is None:
-            return
-        ours = next((n for n in modules if n not in heads and self._rename(n) == embedding), None)
-        if self.config.values.get("ensure_weight_tying") and ours is not None:
-            self._drop_twin(changed, whole, ours)
-            return
-        both = ours in changed and TOKENS in changed[ours].tensors if ours else False
-        for head in heads or ([_HEAD] if ours is not None and not both else []):
-            untie(self.base, head)
-
-    def _drop_twin(
-        self, changed: dict[str, Group], whole: dict[str, TensorInfo], embedding: str
-    ) -> None:
-        """Leave out what PEFT wrote for a head that it kept tied, once it is seen to be the same.
-
-        Raises:
-            UserError: it is not the same.
-        """
-        pairs: list[tuple[TensorInfo, TensorInfo]] = []
-        if _HEAD in changed and embedding in changed:
-            head, source = changed[_HEAD].tensors, changed[embedding].tensors
-            pairs = [(head[A], source[B]), (head[B], source[A])]
-            changed[_HEAD].tensors.clear()
-        elif _HEAD in whole and embedding in whole:
-            pairs = [(whole[_HEAD], whole[embedding])]
-        for twin, original in pairs:
-            mine, other = self.file.read(twin), self.file.read(original)
-            if not torch.equal(mine, other.T if mine.shape != other.shape else other):
-                raise UserError(
-                    f"{self.file.path}: {twin.name} is not {original.name}, although "
-                    f"ensure_weight_tying is set in {self.config.file.name}"
-                )
-        if pairs:
-            whole.pop(_HEAD, None)
-
     # -- checks -----------------------------------------------------------------------
 
     def _find(self, parameter: str, adapted: str) -> tuple[str, TensorInfo]:
@@ -515,7 +469,3 @@ def _check_whole(file: TensorFile, config: LoraConfig, whole: dict[str, TensorIn
                 f"{file.path}: {info.name}: a whole tensor that neither modules_to_save nor bias "
                 f"of {config.file.name} names; add it to modules_to_save if it was trained"
             )
-
-
-def _is_head(module: str) -> bool:
-    return f"{module}.weight" == _HEAD

@@ -10,6 +10,8 @@ import torch
 from compare_lora_task_vector import compare
 from extract_task_vectors import extract
 from merge_lora import merge
+from taskvec.adapter_check import inspect_adapter
+from taskvec.checkpoint import open_checkpoint
 from tests.checks import assert_same_bits, weights
 from tests.models import ALL_FAMILIES, auto_class, peft_merge
 
@@ -21,6 +23,10 @@ QUIET: dict[str, Any] = {"generate_plots": False, "detailed_report": False, "dev
 def test_merged_saved_by_peft_extracted_and_certified(tiny, tmp_path, family):
     base = tiny.base(family)
     adapter = tiny.adapter(base)
+    with open_checkpoint(str(base)) as opened:
+        report = inspect_adapter(str(adapter), opened)
+    assert report.refusal is None
+    assert not report.problems
     for precision, dtype in DTYPES.items():
         merged, theirs = tmp_path / precision, tmp_path / f"peft_{precision}"
         result = merge(
@@ -44,3 +50,4 @@ def test_merged_saved_by_peft_extracted_and_certified(tiny, tmp_path, family):
             found = compare(str(base), str(adapter), tmp_path / "c", **given, **QUIET)
             assert found.summary["certificate"]["verdict"] == "exact"
             assert found.summary["shared_parameters"] == len(result.changed_parameters)
+    assert set(report.touched) == set(result.changed_parameters)

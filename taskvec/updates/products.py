@@ -311,6 +311,27 @@ class Experts(Product):
         )
         return merge_rows(recipe, base, delta, format)
 
+    def interval(
+        self,
+        recipe: Recipe,
+        start: int,
+        stop: int,
+        *,
+        base: torch.Tensor,
+        format: Format,
+        where: torch.Tensor,
+        rounded_anywhere: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return super().interval(
+            recipe,
+            start,
+            stop,
+            base=base,
+            format=format,
+            where=where,
+            rounded_anywhere=rounded_anywhere or recipe.in_format,
+        )
+
     def rounded_factors(self, dtype: torch.dtype) -> Experts:
         experts = tuple(expert.rounded_factors(dtype) for expert in self.experts)
         return replace(self, experts=experts)
