@@ -150,10 +150,8 @@ def _manifest(
 ) -> dict[str, Any]:
     import torch
 
-    from taskvec.checkpoint import file_sha256
-
     return {
-        "adapter": {path.name: {"sha256": file_sha256(path)} for path in adapter.files},
+        **_adapters(adapter),
         "base": base.identity(),
         "precision": precision,
         "rounding": rounding,
@@ -162,6 +160,15 @@ def _manifest(
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
         "files": files,
     }
+
+
+def _adapters(adapter: Adapter) -> dict[str, Any]:
+    """The files of the adapter, or of each of several in the order of merging."""
+    from taskvec.checkpoint import file_sha256
+
+    hashes = [(path.name, {"sha256": file_sha256(path)}) for path in adapter.files]
+    each = [dict(hashes[start : start + 2]) for start in range(0, len(hashes), 2)]
+    return {"adapter": each[0]} if len(each) == 1 else {"adapters": each}
 
 
 def _body(args: argparse.Namespace) -> int:
