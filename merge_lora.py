@@ -106,6 +106,8 @@ def merge(
         cli.progress(base.nbytes, f"Merging in {precision}") as bar,
     ):
         torch_device = cli.pick_device(device)
+        # Hashed first: should an input change later, what is read of it will not fit together.
+        manifest = _manifest(base, adapter, precision, rounding)
         shards = write_model(
             base,
             partial,
@@ -117,7 +119,7 @@ def merge(
             bar=bar,
         )
         files = sorted([MANIFEST, *(path.name for path in partial.iterdir())])
-        write_json(partial / MANIFEST, _manifest(base, adapter, precision, rounding, files))
+        write_json(partial / MANIFEST, {**manifest, "files": files})
         changed = adapter.parameters
     return MergeResult(target, precision, changed, sum(shard.nbytes for shard in shards))
 
@@ -145,9 +147,8 @@ def _merged_rows(
     return rows
 
 
-def _manifest(
-    base: Checkpoint, adapter: Adapter, precision: str, rounding: str, files: list[str]
-) -> dict[str, Any]:
+def _manifest(base: Checkpoint, adapter: Adapter, precision: str, rounding: str) -> dict[str, Any]:
+    """merge_manifest.json, but for the names of the files."""
     import torch
 
     return {
@@ -158,7 +159,6 @@ def _manifest(
         "scaling": adapter.scalings,
         "parameters_changed": len(adapter.scalings),
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
-        "files": files,
     }
 
 

@@ -127,9 +127,15 @@ class TensorFile:
         return buffer.view(info.dtype).view(shape)
 
     def is_hole(self, info: TensorInfo) -> bool:
-        """True if the file system knows that these bytes were never written (they read as zero)."""
+        """True if the file system knows that these bytes were never written (they read as zero).
+
+        Raises:
+            UserError: the file has shrunk since it was opened.
+        """
         if not hasattr(os, "SEEK_DATA"):
             return False
+        if os.fstat(self._fd).st_size < info.offset + info.nbytes:
+            raise self._shrunk(os.fstat(self._fd).st_size)
         try:
             data = os.lseek(self._fd, info.offset, os.SEEK_DATA)
         except OSError as error:  # ENXIO: no data from here to the end of the file
