@@ -97,6 +97,17 @@ def test_pickles_beside_what_is_read_are_left_alone(sandbox, tmp_path, save):
         sandbox.clear()
 
 
+def test_a_bin_file_that_repeats_few_bytes_without_end_is_refused(sandbox):
+    """A view of one element as 10^15: its file is small, its copy is not."""
+    (sandbox.home / "base" / "model.safetensors").unlink()
+    torch.save(
+        {"a.weight": torch.ones(1).expand(10**9, 10**6)}, sandbox.home / "base/pytorch_model.bin"
+    )
+    ending = sandbox.run("merge_lora")
+    assert ending.status == 2
+    assert "a.weight: claims more elements than the file holds" in ending.err
+
+
 # -- sizes ---------------------------------------------------------------------
 
 
