@@ -260,7 +260,10 @@ def _config_as_flags(parser: argparse.ArgumentParser, path: Path) -> list[str]:
         if key not in flags:
             near = difflib.get_close_matches(str(key), flags, n=1, cutoff=0.0)
             raise UserError(f"{path}: unknown key {key!r}; did you mean {near[0]!r}?")
-        words += _as_flag(path, key, value, flags[key])
+        try:
+            words += _as_flag(path, key, value, flags[key])
+        except ValueError:  # a number of more digits than Python prints
+            raise UserError(f"{path}: {key}: a number that is too long") from None
     return words
 
 

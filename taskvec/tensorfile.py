@@ -134,13 +134,17 @@ class TensorFile:
         """
         if not hasattr(os, "SEEK_DATA"):
             return False
-        if os.fstat(self._fd).st_size < info.offset + info.nbytes:
-            raise self._shrunk(os.fstat(self._fd).st_size)
+        end = info.offset + info.nbytes
         try:
             data = os.lseek(self._fd, info.offset, os.SEEK_DATA)
-        except OSError as error:  # ENXIO: no data from here to the end of the file
-            return error.errno == errno.ENXIO
-        return data >= info.offset + info.nbytes
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                return False
+            data = end  # no data from here to the end of the file
+        size = os.fstat(self._fd).st_size
+        if size < end:
+            raise self._shrunk(size)
+        return data >= end
 
     def copy_range(self, offset: int, nbytes: int, target_fd: int, target_offset: int) -> None:
         """Copy bytes to another file inside the kernel, or through memory where it cannot."""

@@ -197,6 +197,8 @@ def test_interrupted_at_any_time(script, place):
     place.check_second_run(script, inputs)
     for at in spread(calls, 40):
         stopped = place.run(script, count="all", at=at, act="interrupt")
+        if "in build_parser" in stopped.err:  # too early: Python's own start, and its traceback
+            continue
         if stopped.status == 0:  # too late: everything was done
             assert contents(place.home / "out") == place.references[script]
         else:

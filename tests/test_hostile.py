@@ -243,6 +243,7 @@ def test_json_that_means_two_things_or_none(sandbox, text, message):
         ("precision: fp16\nprecision: fp32\n", "a key appears twice"),
         ("max_shard_size: " + "9" * 5000, "not valid YAML"),
         ("revision: 2024-99-99\n", "not valid YAML"),
+        ("max_shard_size: 0x" + "f" * 5000, "max_shard_size: a number that is too long"),
         ("revision: !!timestamp x\n", "not valid YAML"),
         ("# " + "x" * 100_000, "over 100,000 bytes"),
     ],
