@@ -258,8 +258,9 @@ def _behaviour(
 
     with open_checkpoint(base_model, revision) as base:
         directory, elements = base.directory, sum(i.elements for i in base.tensors.values())
-        architectures = base.config().get("architectures") or [""]
-    if directory is None or not str(architectures[0]).endswith(("ForCausalLM", "LMHeadModel")):
+        architectures = base.config().get("architectures")
+    name = architectures[0] if isinstance(architectures, list) and architectures else None
+    if directory is None or not str(name).endswith(("ForCausalLM", "LMHeadModel")):
         return {"skipped": f"{base_model} is not a causal language model with a config.json"}
     needed, available = int(4 * elements * _MEMORY_FACTOR), _available_memory(device)
     if available is not None and needed > available:

@@ -106,6 +106,8 @@ def merge(
         cli.progress(base.nbytes, f"Merging in {precision}") as bar,
     ):
         torch_device = cli.pick_device(device)
+        # Hashed first: should an input change later, what is read of it will not fit together.
+        manifest = _manifest(base, adapter, precision, rounding)
         shards = write_model(
             base,
             partial,
@@ -116,7 +118,7 @@ def merge(
             max_shard_size=max_shard_size,
             bar=bar,
         )
-        processes.by_main(lambda: _write_manifest(partial, base, adapter, precision, rounding))
+        processes.by_main(lambda: _write_manifest(partial, manifest))
         changed = adapter.parameters
     return MergeResult(target, precision, changed, sum(shard.nbytes for shard in shards))
 
@@ -146,14 +148,11 @@ def _merged_rows(
     return rows
 
 
-def _write_manifest(
-    directory: Path, base: Checkpoint, adapter: Adapter, precision: str, rounding: str
-) -> None:
+def _manifest(base: Checkpoint, adapter: Adapter, precision: str, rounding: str) -> dict[str, Any]:
+    """merge_manifest.json, but for the names of the files."""
     import torch
 
-    from taskvec.output import write_json
-
-    content = {
+    return {
         **_adapters(adapter),
         "base": base.identity(),
         "precision": precision,
@@ -161,9 +160,14 @@ def _write_manifest(
         "scaling": adapter.scalings,
         "parameters_changed": len(adapter.scalings),
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
-        "files": sorted([MANIFEST, *(path.name for path in directory.iterdir())]),
     }
-    write_json(directory / MANIFEST, content)
+
+
+def _write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
+    from taskvec.output import write_json
+
+    files = sorted([MANIFEST, *(path.name for path in directory.iterdir())])
+    write_json(directory / MANIFEST, {**manifest, "files": files})
 
 
 def _adapters(adapter: Adapter) -> dict[str, Any]:

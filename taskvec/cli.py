@@ -360,8 +360,12 @@ def _config_as_flags(
             near = difflib.get_close_matches(str(key), flags, n=1, cutoff=0.0)
             raise UserError(f"{path}: unknown key {key!r}; did you mean {near[0]!r}?")
         collects = isinstance(flags[key], argparse._ExtendAction)
-        if not (collects and getattr(given, flags[key].dest)):
+        if collects and getattr(given, flags[key].dest):
+            continue
+        try:
             words += _as_flag(path, key, value, flags[key])
+        except ValueError:  # a number of more digits than Python prints
+            raise UserError(f"{path}: {key}: a number that is too long") from None
     return words
 
 

@@ -13,6 +13,7 @@ import torch
 
 from taskvec.certificate import Block, ParameterCertificate
 from taskvec.checkpoint import Checkpoint
+from taskvec.cli import UserError
 from taskvec.recipes import differing
 from taskvec.rounding import NARROW_FORMATS, Format, subtract_rows
 from taskvec.taskvector import TaskVector
@@ -208,6 +209,9 @@ def compare_parameter(
 
     The formats it may have been merged in are tried in turn; a wrong one is left at its first
     block that no number of the format could have given.
+
+    Raises:
+        UserError: the base's own values are not finite, so no bound holds for a sum with them.
     """
     info = base.tensors[name]
     for format in vector.formats(name):
@@ -220,6 +224,8 @@ def compare_parameter(
             elements=info.elements,
         )
         for block in read_blocks(base, vector, name, device):
+            if not math.isfinite(float(block.base.sum(dtype=torch.float64))):
+                raise UserError(f"{info.path}: {name}: holds NaN or infinity")
             delta = update.exact(block.start, block.stop)
             wide = block.task_vector.double()
             difference = wide - delta

@@ -15,6 +15,8 @@ import yaml
 from taskvec.cli import UserError
 
 _MOST_BYTES = 100_000  # hundreds of times what the flags of any script take
+# What PyYAML lets through of a value that only looks like a date or a number.
+_OF_VALUES = (ValueError, LookupError, TypeError, AttributeError)
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -48,8 +50,7 @@ def read_flags(path: Path) -> dict[Any, object]:
         raise UserError(f"{path}: over {_MOST_BYTES:,} bytes, so it is no file of flags")
     try:
         content = yaml.load(raw.decode("utf-8"), _PlainLoader)
-    # Values that only look like a date or a number make Python raise errors of its own.
-    except (yaml.YAMLError, ValueError, LookupError, TypeError, RecursionError) as error:
+    except (yaml.YAMLError, *_OF_VALUES, RecursionError) as error:
         raise UserError(f"{path}: not valid YAML: {error}") from None
     if content is None:
         return {}

@@ -6,6 +6,7 @@ No NaN and no Infinity: what is undefined is null.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -177,7 +178,10 @@ def _lora(result: ParameterResult, comparison: Comparison, tolerance: float) -> 
 
 def _element(comparison: Comparison) -> dict[str, Any]:
     worst = comparison.certificate.tally.worst
-    return asdict(worst) if worst else {}
+    if worst is None:
+        return {}
+    # Beside the largest numbers of fp32 a bound may be infinite, which JSON has no word for.
+    return {**asdict(worst), "bound": min(worst.bound, sys.float_info.max)}
 
 
 def _total_histograms(pairs: Sequence[tuple[ParameterResult, Comparison]]) -> dict[str, Any]:

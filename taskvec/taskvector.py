@@ -66,14 +66,11 @@ class StoredTaskVector:
     file: TensorFile
     base_format: Format | None
     merged_format: Format | None
+    disk_bytes: int
 
     @property
     def tensors(self) -> dict[str, TensorInfo]:
         return self.file.tensors
-
-    @property
-    def disk_bytes(self) -> int:
-        return self.file.path.stat().st_blocks * 512
 
     def formats(self, name: str) -> tuple[Format, ...]:
         if self.merged_format is None:
@@ -163,6 +160,7 @@ def open_task_vector(path: Path) -> Iterator[StoredTaskVector]:
             file=tensors,
             base_format=FORMATS.get(tensors.metadata.get(BASE_PRECISION, "")),
             merged_format=FORMATS.get(tensors.metadata.get(MERGED_PRECISION, "")),
+            disk_bytes=file.stat().st_blocks * 512,
         )
 
 

@@ -141,14 +141,24 @@ class TensorFile:
         return buffer.view(info.dtype).view(shape)
 
     def is_hole(self, info: TensorInfo) -> bool:
-        """True if the file system knows that these bytes were never written (they read as zero)."""
+        """True if the file system knows that these bytes were never written (they read as zero).
+
+        Raises:
+            UserError: the file has shrunk since it was opened.
+        """
         if not hasattr(os, "SEEK_DATA"):
             return False
+        end = info.offset + info.nbytes
         try:
             data = os.lseek(self._fd, info.offset, os.SEEK_DATA)
-        except OSError as error:  # ENXIO: no data from here to the end of the file
-            return error.errno == errno.ENXIO
-        return data >= info.offset + info.nbytes
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                return False
+            data = end  # no data from here to the end of the file
+        size = os.fstat(self._fd).st_size
+        if size < end:
+            raise self._shrunk(size)
+        return data >= end
 
     def copy_range(self, offset: int, nbytes: int, target_fd: int, target_offset: int) -> None:
         """Copy bytes to another file inside the kernel, or through memory where it cannot."""

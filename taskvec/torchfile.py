@@ -106,7 +106,10 @@ def _spool(path: Path) -> tuple[int, dict[str, TensorInfo]]:
     infos, end = {}, 0
     with tempfile.TemporaryFile() as spool:
         for name in list(tensors):
-            tensor = tensors.pop(name).detach().contiguous()
+            tensor = tensors.pop(name).detach()
+            if tensor.numel() * tensor.dtype.itemsize > tensor.untyped_storage().nbytes():
+                raise UserError(f"{path}: {name}: claims more elements than the file holds")
+            tensor = tensor.contiguous()
             raw = tensor.reshape(-1).view(torch.uint8)
             infos[name] = TensorInfo(
                 name, tensor.dtype, tuple(tensor.shape), path, end, raw.numel()

@@ -127,7 +127,6 @@ def _serve() -> None:
     os.dup2(2, 1)  # nobody else prints into the answers
     for module in pkgutil.walk_packages(taskvec.__path__, "taskvec."):
         importlib.import_module(module.name)  # else every child would import them, and torch
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     for line in sys.stdin:
         json.dump(_answer(json.loads(line)), answers)
         answers.write("\n")
@@ -160,6 +159,7 @@ def _command(
     main: Callable[[Sequence[str]], int], request: dict[str, Any], out: int, err: int
 ) -> Callable[[], int]:
     def work() -> int:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # before and after the command
         os.dup2(out, 1)
         os.dup2(err, 2)
         sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
@@ -184,7 +184,10 @@ def _mapped_bytes() -> int:
 
 def _exit_status(main: Callable[[Sequence[str]], int], words: Sequence[str]) -> int:
     try:
-        return main(words)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        status = main(words)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        return status
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 1
     except BaseException:

@@ -162,9 +162,9 @@ class Sandbox:
     def run(self, script: str, *more: str) -> Ending:
         """Run a script on these inputs; whatever they hold, the checks of this module hold."""
         self.clear()
-        before = self._inputs()
+        before = self.contents()
         ending = run_main(importlib.import_module(script).main, [*self.words(script), *more])
-        assert self._inputs() == before
+        assert self.contents() == before
         if ending.status == 2:
             assert not self.out.exists()
         return ending
@@ -173,7 +173,8 @@ class Sandbox:
         """Remove the output."""
         shutil.rmtree(self.out, ignore_errors=True)
 
-    def _inputs(self) -> dict[str, bytes | None]:
+    def contents(self) -> dict[str, bytes | None]:
+        """Every path but the output's and, for a file, its content."""
         return {
             str(path): path.read_bytes() if path.is_file() else None
             for path in self.home.rglob("*")

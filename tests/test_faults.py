@@ -174,7 +174,7 @@ def test_the_whole_chain_killed_at_any_stage(place):
     inputs = place.inputs()
     calls = place.run("validate", count="changes").calls
     reference = contents(place.home / "out")
-    for at in spread(calls, 7)[1:]:
+    for at in spread(calls, 4)[1:]:
         shutil.rmtree(place.home / "out")
         assert place.run("validate", count="changes", at=at).status == -signal.SIGKILL
         found = contents(place.home / "out") if (place.home / "out").exists() else {}
@@ -197,6 +197,8 @@ def test_interrupted_at_any_time(script, place):
     place.check_second_run(script, inputs)
     for at in spread(calls, 40):
         stopped = place.run(script, count="all", at=at, act="interrupt")
+        if "in build_parser" in stopped.err:  # too early: Python's own start, and its traceback
+            continue
         if stopped.status == 0:  # too late: everything was done
             assert contents(place.home / "out") == place.references[script]
         else:
@@ -210,7 +212,7 @@ def test_interrupted_at_any_time(script, place):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("largest", [0, 100, 1500, 20_000])
+@pytest.mark.parametrize("largest", [0, 100, 1500, 4000])
 def test_files_that_may_not_grow(script, largest, place):
     """A limit on the size of files: what a quota or an old file system does."""
     inputs = place.inputs()

@@ -117,8 +117,8 @@ def test_a_spoilt_adapter_config(sandbox, content, script):
 def check_scaling(sandbox: Sandbox, config: dict) -> None:
     """The delta is scaled as PEFT scales it."""
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    rank = ranks.get(get_pattern_key(list(ranks), "a"), config["r"])
-    alpha = alphas.get(get_pattern_key(list(alphas), "a"), config["lora_alpha"])
+    rank = ranks.get(get_pattern_key(list(ranks), "a"), config.get("r"))
+    alpha = alphas.get(get_pattern_key(list(alphas), "a"), config.get("lora_alpha"))
     scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     merged = load_file(sandbox.out / "model.safetensors")["a.weight"].double().numpy()
     expected = BASE["a.weight"].astype(np.float64) + scaling * (B @ A).astype(np.float64)

@@ -5,12 +5,14 @@ How many cases: `tests.hostile.cases`.
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import SafetensorError
@@ -207,6 +209,40 @@ def test_a_spoilt_task_vector(sandbox, content, metadata, precision, script):
     with sandbox.with_file("vector/task_vector.safetensors", content):
         if sandbox.run(script).status != 2:
             assert_read_alike(sandbox, "vector/task_vector.safetensors")
+    sandbox.clear()
+
+
+# -- .bin files ----------------------------------------------------------------
+
+
+def bin_bytes(tensors: dict[str, np.ndarray], zipped: bool) -> bytes:
+    """What torch.save writes, in its present format or in the one from before torch 1.6."""
+    buffer = io.BytesIO()
+    state = {name: torch.from_numpy(array) for name, array in tensors.items()}
+    torch.save(state, buffer, _use_new_zipfile_serialization=zipped)
+    return buffer.getvalue()
+
+
+BINS = {
+    (name, zipped): bin_bytes(tensors, zipped)
+    for name, tensors in (("base", BASE), ("lora", LORA))
+    for zipped in (True, False)
+}
+
+
+@cases(500)
+@given(data=st.data(), which=st.sampled_from(list(BINS)))
+def test_a_spoilt_bin_file(sandbox, data, which):
+    """Damaged archives and pickles; whether the values are right, a checksum would have to say."""
+    content = data.draw(hostile.spoilt_bytes(BINS[which]))
+    name = {"base": "pytorch_model", "lora": "adapter_model"}[which[0]]
+    safe = {"base": "base/model.safetensors", "lora": "lora/adapter_model.safetensors"}[which[0]]
+    (sandbox.home / safe).unlink()
+    try:
+        with sandbox.with_file(f"{which[0]}/{name}.bin", content):
+            sandbox.run("merge_lora")
+    finally:
+        sandbox.put(safe, hostile.GOOD[safe])
     sandbox.clear()
 
 
