@@ -230,7 +230,8 @@ def set_active(model: nn.Module, name: str | None) -> None:
 def merge(model: nn.Module, name: str) -> None:
     """Add an adapter to the base's weights, in place; another can follow, and is added in turn.
 
-    While something is merged, the model computes with the merged weights alone.
+    While something is merged, the model computes with the merged weights alone. An output head that
+    shares its weight with the embedding has one of its own meanwhile.
 
     Raises:
         ValueError: no such adapter, or it is merged already.

@@ -213,6 +213,9 @@ def held_out_loss(
     """Mean cross-entropy in nats per predicted token over consecutive windows of ``tokens``.
 
     What a masked language model is asked is drawn from a seed of its own: the same every time.
+
+    Raises:
+        cli.UserError: a text so short that no token of it was masked.
     """
     generator = torch.Generator().manual_seed(0)
     windows = consecutive_windows(tokens, sequence_length)
@@ -227,7 +230,9 @@ def held_out_loss(
                 total += model(**_to(inputs, model.device)).loss.item() * count
                 predicted += count
     model.train(was_training)
-    return total / max(1, predicted)
+    if not predicted:
+        raise cli.UserError("--text: no token of the held-out part was masked; give more text")
+    return total / predicted
 
 
 def make_optimizer(model: torch.nn.Module, options: TrainingOptions) -> torch.optim.Optimizer:
