@@ -19,10 +19,11 @@ from typing import Any
 import torch
 
 from taskvec.arithmetic.several import read_rows
+from taskvec.certificate import Block
 from taskvec.checkpoint import Checkpoint
 from taskvec.modelwriter import RowsFunction
 from taskvec.rounding import FORMATS, FP32, Format, half_ulp, round_once
-from taskvec.taskvector import StoredTaskVector
+from taskvec.taskvector import StoredTaskVector, TaskVector
 
 
 @dataclass
@@ -67,7 +68,8 @@ class Application:
         base, vector: they fit together.
         scales: every lambda.
         format: what the results are stored in.
-        merged: the model that T was formed from, to compare with where lambda is one.
+        merged: the model that T was formed from, beside the base, to compare with where lambda is
+            one.
         device: where the arithmetic runs.
     """
 
@@ -77,7 +79,7 @@ class Application:
         vector: StoredTaskVector,
         scales: Sequence[float],
         format: Format,
-        merged: Checkpoint | None,
+        merged: TaskVector | None,
         device: torch.device,
     ) -> None:
         self._base, self._vector, self._merged = base, vector, merged
@@ -95,11 +97,15 @@ class Application:
         info = self._vector.tensors[name]
 
         def rows(base: torch.Tensor, start: int, stop: int) -> list[torch.Tensor]:
+            base = base.to(self._device)
             task_vector = read_rows(self._vector, info, start, stop, self._device)
-            W = self._subtracted(base.to(self._device))
+            W = self._subtracted(base)
             made = [add_scaled(W, task_vector, scale, self._format) for scale in self._scales]
             if self.round_trip is not None:
-                self._check(name, start, stop, W, task_vector, made[self._scales.index(1.0)])
+                again = made[self._scales.index(1.0)]
+                model = self._merged
+                wrong = _differs(again, model.block(base, name, start, stop)) if model else None
+                self.round_trip.add(self._may_differ(name, W, task_vector), wrong)
             return [new.cpu() for new in made]
 
         return rows
@@ -110,23 +116,9 @@ class Application:
         wide = base.to(torch.promote_types(base.dtype, torch.float32))
         return rounded.round(wide) if rounded else wide
 
-    def _check(
-        self,
-        name: str,
-        start: int,
-        stop: int,
-        W: torch.Tensor,
-        task_vector: torch.Tensor,
-        made: torch.Tensor,
-    ) -> None:
-        assert self.round_trip is not None
+    def _may_differ(self, name: str, W: torch.Tensor, task_vector: torch.Tensor) -> torch.Tensor:
         stored = self._vector.base_format or _format_of(self._base.tensors[name].dtype)
-        uncertain = may_differ(W, task_vector, stored, self._merged_format, self._format)
-        wrong = None
-        if self._merged is not None:
-            wanted = self._merged.read(name, start, stop).to(self._device)
-            wrong = made.double() != wanted.double()
-        self.round_trip.add(uncertain, wrong)
+        return may_differ(W, task_vector, stored, self._merged_format, self._format)
 
 
 def add_scaled(
@@ -176,6 +168,11 @@ def may_differ(
         return may & (T != 0)
     exact = own <= torch.minimum(half_ulp(least, merged), half_ulp(W, stored))
     return may & ~exact
+
+
+def _differs(again: torch.Tensor, block: Block) -> torch.Tensor:
+    assert block.merged is not None  # a model's own task vector has it
+    return again.double() != block.merged.double()
 
 
 def _format_of(dtype: torch.dtype) -> Format | None:
