@@ -202,7 +202,7 @@ def apply(
             "scales": dict(zip(names, scales, strict=True)),
             "precision": precision,
             "round_trip": round_trip,
-            "files": sorted([APPLIED, *(path.name for path in partial.iterdir())]),
+            "files": sorted([APPLIED, *(str(path) for path in _inside(partial))]),
         }
         write_json(partial / APPLIED, manifest)
     models = {scale: Path(output_dir) / name for scale, name in zip(scales, names, strict=True)}
@@ -229,7 +229,12 @@ def _is_applied(directory: Path) -> bool:
     if not (directory / APPLIED).is_file():
         return False
     files = read_json_object(directory / APPLIED).get("files")
-    return isinstance(files, list) and all(path.name in files for path in directory.iterdir())
+    return isinstance(files, list) and all(str(path) in files for path in _inside(directory))
+
+
+def _inside(directory: Path) -> list[Path]:
+    """Everything in a directory, by its path from there."""
+    return [path.relative_to(directory) for path in directory.rglob("*")]
 
 
 def show(

@@ -193,6 +193,20 @@ def test_outputs_are_replaced_but_nothing_else_is(llama, vectors, tmp_path):
     assert (output / "notes.txt").read_text() == "mine"
 
 
+def test_files_of_others_within_a_grid_are_kept(llama, vectors, tmp_path):
+    def apply():
+        return analyze_task_vectors.apply(
+            str(llama), vectors[0], tmp_path / "grid", scales=(0.5, 2.0), device="cpu"
+        )
+
+    made = apply()
+    notes = made.models[0.5] / "notes.txt"
+    notes.write_text("mine")
+    with pytest.raises(UserError, match="not an output of this script"):
+        apply()
+    assert notes.read_text() == "mine"
+
+
 @pytest.mark.parametrize(
     ("scale", "message"),
     [
