@@ -133,8 +133,10 @@ def add_scaled(
     Returns:
         the format's dtype.
     """
-    total = torch.add(base.double(), task_vector.double(), alpha=scale)
-    return round_once(torch.where(task_vector == 0, base.double(), total), format)
+    W = base.double()
+    total = torch.add(W, task_vector.double(), alpha=scale)
+    unchanged = task_vector == 0  # where -0.0 + 0.0 would be 0.0
+    return round_once(torch.where(unchanged, W, total, out=total), format)
 
 
 def may_differ(
@@ -156,18 +158,19 @@ def may_differ(
     Returns:
         bool, of their shape.
     """
-    W, T = base.double(), task_vector.double()
+    found = (base + task_vector).abs() <= 4 * task_vector.abs()
+    # Elsewhere T is less than a quarter of M, so that its spacing is finer than M's.
+    W, T = base[found].double(), task_vector[found].double()
     total, own = W + T, half_ulp(T, FP32)
     least = (total.abs() - own).clamp(min=0)  # |M| is no less
     spacing = half_ulp(least, merged) * 2
-    even = (task_vector.view(torch.int32) & 1) == 0  # an error of just h(T) leaves T even
+    even = (task_vector[found].view(torch.int32) & 1) == 0  # an error of just h(T) leaves T even
     only = (own < spacing) | ((own == spacing) & ~even)
     is_number = merged.round(total) == total
-    may = ~torch.where(is_number, only, own < half_ulp(least, result))
-    if stored is None:
-        return may & (T != 0)
-    exact = own <= torch.minimum(half_ulp(least, merged), half_ulp(W, stored))
-    return may & ~exact
+    may = ~torch.where(is_number, only, own < half_ulp(least, result)) & (T != 0)
+    if stored is not None:
+        may &= own > torch.minimum(half_ulp(least, merged), half_ulp(W, stored))
+    return found.masked_scatter(found, may)
 
 
 def _differs(again: torch.Tensor, block: Block) -> torch.Tensor:
