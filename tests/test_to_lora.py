@@ -434,3 +434,19 @@ def test_a_rank_that_ends_near_the_noise_is_told(tmp_path, capsys):
     assert entry["rank"] == (values > 1.3 * noise).sum() < 6
     assert entry["noise"] < entry["weakest_kept"] < 3 * entry["noise"]
     assert "In 1 of them the weakest singular value" in capsys.readouterr().out
+
+
+def test_a_change_of_full_rank_is_said_to_be_one(tmp_path, capsys):
+    generator = torch.Generator().manual_seed(2)
+    W = torch.randn(60, 50, generator=generator)
+    tuned = W + 0.1 * torch.randn(60, 50, generator=generator)
+    for name, weight in (("base", W), ("tuned", tuned)):
+        save_file({"w.weight": weight}, tmp_path / f"{name}.safetensors", {"format": "pt"})
+    words = ["to_lora", "--device", "cpu", "--output_dir", str(tmp_path / "lora")]
+    words += ["--base_model", str(tmp_path / "base.safetensors")]
+    words += ["--finetuned_model", str(tmp_path / "tuned.safetensors")]
+    assert analyze_task_vectors.main(words) == 0
+    # 50 * (60 + 50) elements of factors for 60 * 50 of the matrix
+    assert "The factors are 183.3 % of the size of the matrices" in capsys.readouterr().out
+    assert analyze_task_vectors.main([*words, "--max_rank", "5"]) == 0
+    assert "not of low rank" not in capsys.readouterr().out
