@@ -151,8 +151,8 @@ def lora_lines(content: Document) -> list[str]:
     share = summary["factor_elements"] / summary["matrix_elements"]
     if share > _LOW_RANK:
         lines.append(
-            f"⚠️ The factors are {percent(share)} of the size of the matrices: this change is not of "
-            "low rank; --max_rank bounds it."
+            f"⚠️ The factors are {percent(share)} of the size of the matrices: this change is not "
+            "of low rank; --max_rank bounds it."
         )
     told = (
         (BIAS, "{} biases with their new values."),
