@@ -161,7 +161,8 @@ def apply(
     from taskvec.modelwriter import write_models
     from taskvec.output import output_directory, write_json
     from taskvec.rounding import FORMATS
-    from taskvec.taskvector import check_same_architecture, open_task_vector
+    from taskvec.subject import open_vector
+    from taskvec.taskvector import open_task_vector
 
     names = _scale_names(scales, finetuned_model)
     with ExitStack() as stack:
@@ -169,11 +170,10 @@ def apply(
         base.refuse_quantised()
         vector = stack.enter_context(open_task_vector(Path(task_vector)))
         vector.check_fits(base)
-        merged = None
+        inputs, merged = [*base.paths, vector.file.path], None
         if finetuned_model is not None:
-            merged = stack.enter_context(open_checkpoint(finetuned_model))
-            check_same_architecture(base, merged)
-        inputs = [*base.paths, vector.file.path, *(merged.paths if merged else [])]
+            merged, paths = stack.enter_context(open_vector(base, None, finetuned_model))
+            inputs += paths
         partial = stack.enter_context(output_directory(Path(output_dir), _is_applied, inputs))
         bar = stack.enter_context(cli.progress(base.nbytes, f"Applying in {precision}"))
         application = Application(
@@ -202,7 +202,7 @@ def apply(
             "scales": dict(zip(names, scales, strict=True)),
             "precision": precision,
             "round_trip": round_trip,
-            "files": sorted([APPLIED, *(path.name for path in partial.iterdir())]),
+            "files": sorted([APPLIED, *(str(path) for path in _inside(partial))]),
         }
         write_json(partial / APPLIED, manifest)
     models = {scale: Path(output_dir) / name for scale, name in zip(scales, names, strict=True)}
@@ -229,7 +229,12 @@ def _is_applied(directory: Path) -> bool:
     if not (directory / APPLIED).is_file():
         return False
     files = read_json_object(directory / APPLIED).get("files")
-    return isinstance(files, list) and all(path.name in files for path in directory.iterdir())
+    return isinstance(files, list) and all(str(path) in files for path in _inside(directory))
+
+
+def _inside(directory: Path) -> list[Path]:
+    """Everything in a directory, by its path from there."""
+    return [path.relative_to(directory) for path in directory.rglob("*")]
 
 
 def show(
@@ -303,8 +308,10 @@ def to_lora(
     """
     from contextlib import ExitStack
 
-    from taskvec.adapter import WEIGHTS_FILE, open_adapter
+    from taskvec.adapter import open_adapter
+    from taskvec.checkpoint import locate_adapter
     from taskvec.lora_config import CONFIG_FILE
+    from taskvec.lowrank.adapterfiles import WEIGHTS_FILE
     from taskvec.lowrank.convert import convert, summarise
     from taskvec.output import output_directory, write_json
     from taskvec.subject import open_subject
@@ -326,7 +333,7 @@ def to_lora(
             if subject.base is None:
                 raise cli.UserError("--lora_path needs --base_model, which the adapter is bound to")
             truth = stack.enter_context(open_adapter(lora_path, subject.base))
-            inputs = [*inputs, truth.path]
+            inputs = [*inputs, locate_adapter(lora_path)]
         partial = stack.enter_context(output_directory(Path(output_dir), written, inputs))
         total = sum(info.nbytes for info in subject.tensors.values())
         bar = stack.enter_context(cli.progress(total, "Factorising"))

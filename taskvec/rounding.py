@@ -144,17 +144,26 @@ def subtract_rows(merged: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
 def round_once(values: torch.Tensor, format: Format) -> torch.Tensor:
     """Float64 values to a format's dtype with a single rounding, to nearest, ties to even.
 
-    PyTorch goes from float64 to a narrow format by way of fp32, which can round twice. Here fp32 is
-    reached by rounding to odd, after which the second rounding is the only one that counts
-    (Boldo and Melquiond, Emulation of FMA and correctly rounded sums, IEEE TC 57 (2008)).
+    PyTorch goes from float64 to a narrow format by way of fp32, which rounds twice. That goes wrong
+    only where the fp32 number lies halfway between two of the format; there fp32 is reached by
+    rounding to odd, after which the second rounding is the only one that counts (Boldo and
+    Melquiond, Emulation of FMA and correctly rounded sums, IEEE TC 57 (2008)).
     """
     nearest = values.float()
     if format is FP32:
         return nearest
+    halfway = (nearest.view(torch.int32) & ((1 << (FP32.bits - format.bits - 1)) - 1)) == 0
+    nearest[halfway] = _rounded_to_odd(values[halfway])
+    return nearest.to(format.dtype)
+
+
+def _rounded_to_odd(values: torch.Tensor) -> torch.Tensor:
+    """Float64 to fp32: what is no fp32 number goes to the neighbour whose last bit is set."""
+    nearest = values.float()
     bits = nearest.view(torch.int32)
     truncated = bits - (nearest.double().abs() > values.abs()).int()
     inexact = (nearest.double() != values) & torch.isfinite(values)
-    return torch.where(inexact, truncated | 1, bits).view(torch.float32).to(format.dtype)
+    return torch.where(inexact, truncated | 1, bits).view(torch.float32)
 
 
 def half_ulp(values: torch.Tensor, format: Format) -> torch.Tensor:

@@ -193,6 +193,20 @@ def test_outputs_are_replaced_but_nothing_else_is(llama, vectors, tmp_path):
     assert (output / "notes.txt").read_text() == "mine"
 
 
+def test_files_of_others_within_a_grid_are_kept(llama, vectors, tmp_path):
+    def apply():
+        return analyze_task_vectors.apply(
+            str(llama), vectors[0], tmp_path / "grid", scales=(0.5, 2.0), device="cpu"
+        )
+
+    made = apply()
+    notes = made.models[0.5] / "notes.txt"
+    notes.write_text("mine")
+    with pytest.raises(UserError, match="not an output of this script"):
+        apply()
+    assert notes.read_text() == "mine"
+
+
 @pytest.mark.parametrize(
     ("scale", "message"),
     [
@@ -210,7 +224,7 @@ def test_scales_that_make_no_sense_are_refused(llama, vectors, tmp_path, capsys,
 
 
 def test_another_models_task_vector_is_refused(tiny, vectors, tmp_path):
-    with pytest.raises(UserError, match=r"which .* has not got|but .* in"):
+    with pytest.raises(UserError, match=r"has not got|has no .*, which|but .* in"):
         analyze_task_vectors.apply(
             str(tiny.base("gpt2")), vectors[0], tmp_path / "model", device="cpu"
         )

@@ -376,3 +376,77 @@ def test_rslora_and_another_seed_come_back_as_plain_lora(llama, tmp_path):
     assert ranks(found) == true_ranks(adapter)
     config = json.loads((lora / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (4, 4, False)
+
+
+# -- beside the adapter that was merged -------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_the_recovered_delta_is_measured_against_the_true_one(
+    tiny, llama, tmp_path, precision, capsys
+):
+    adapter = tiny.adapter(llama, scale=0.5)
+    _, lora = chain(llama, adapter, tmp_path, precision)
+    words = ["to_lora", "--task_vector", str(tmp_path / "vector"), "--base_model", str(llama)]
+    words += ["--lora_path", str(adapter), "--output_dir", str(lora), "--device", "cpu"]
+    assert analyze_task_vectors.main(words) == 0
+    truth = json.loads((lora / "to_lora.json").read_text())["summary"]["truth"]
+    assert truth["true_ranks"] == truth["parameters"] == 6
+
+    def deltas(directory: Path, scaling: float) -> dict[str, np.ndarray]:
+        tensors = load_file(directory / "adapter_model.safetensors")
+        wide = {name: t.numpy().astype(np.float64) for name, t in tensors.items()}
+        return {
+            name: scaling * wide[name.replace("lora_A", "lora_B")] @ wide[name]
+            for name in wide
+            if "lora_A" in name
+        }
+
+    mine, theirs = deltas(lora, 1.0), deltas(adapter, 2.0)
+    squared = sum(((mine[name] - theirs[name]) ** 2).sum() for name in theirs)
+    size = sum((theirs[name] ** 2).sum() for name in theirs)
+    assert truth["recovered_error"] == pytest.approx(np.sqrt(squared / size), rel=1e-6)
+    if precision == "fp16":  # less noise than in T; in fp32 the factors' own rounding is as large
+        assert truth["recovered_error"] < 0.9 * truth["task_vector_error"]
+    assert f"recovered to {truth['recovered_error']:.3g}" in capsys.readouterr().out
+
+
+def test_comparing_needs_the_base(tmp_path, llama, llama_lora):
+    save_file({"w.weight": torch.eye(4)}, tmp_path / "task_vector.safetensors")
+    with pytest.raises(UserError, match="--lora_path needs --base_model"):
+        to_lora(tmp_path / "lora", task_vector=tmp_path, lora_path=str(llama_lora))
+
+
+def test_a_rank_that_ends_near_the_noise_is_told(tmp_path, capsys):
+    generator = torch.Generator().manual_seed(0)
+    W = torch.randn(200, 220, generator=generator) * 0.02
+    B, A = torch.randn(200, 6, generator=generator), torch.randn(6, 220, generator=generator)
+    weak = (B * torch.logspace(0, -5, 6)) @ A
+    for name, weight in (("base", W), ("tuned", (W + 0.01 * weak).half())):
+        save_file({"w.weight": weight}, tmp_path / f"{name}.safetensors", {"format": "pt"})
+    words = ["to_lora", "--device", "cpu", "--output_dir", str(tmp_path / "lora")]
+    words += ["--base_model", str(tmp_path / "base.safetensors")]
+    words += ["--finetuned_model", str(tmp_path / "tuned.safetensors")]
+    assert analyze_task_vectors.main(words) == 0
+    entry = json.loads((tmp_path / "lora" / "to_lora.json").read_text())["parameters"]["w.weight"]
+    noise = np.linalg.svd((W.half().double() - W.double()).numpy(), compute_uv=False)[0]
+    values = np.linalg.svd(0.01 * weak.double().numpy(), compute_uv=False)
+    assert entry["rank"] == (values > 1.3 * noise).sum() < 6
+    assert entry["noise"] < entry["weakest_kept"] < 3 * entry["noise"]
+    assert "In 1 of them the weakest singular value" in capsys.readouterr().out
+
+
+def test_a_change_of_full_rank_is_said_to_be_one(tmp_path, capsys):
+    generator = torch.Generator().manual_seed(2)
+    W = torch.randn(60, 50, generator=generator)
+    tuned = W + 0.1 * torch.randn(60, 50, generator=generator)
+    for name, weight in (("base", W), ("tuned", tuned)):
+        save_file({"w.weight": weight}, tmp_path / f"{name}.safetensors", {"format": "pt"})
+    words = ["to_lora", "--device", "cpu", "--output_dir", str(tmp_path / "lora")]
+    words += ["--base_model", str(tmp_path / "base.safetensors")]
+    words += ["--finetuned_model", str(tmp_path / "tuned.safetensors")]
+    assert analyze_task_vectors.main(words) == 0
+    # 50 * (60 + 50) elements of factors for 60 * 50 of the matrix
+    assert "The factors are 183.3 % of the size of the matrices" in capsys.readouterr().out
+    assert analyze_task_vectors.main([*words, "--max_rank", "5"]) == 0
+    assert "not of low rank" not in capsys.readouterr().out

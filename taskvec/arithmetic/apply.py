@@ -19,10 +19,11 @@ from typing import Any
 import torch
 
 from taskvec.arithmetic.several import read_rows
+from taskvec.certificate import Block
 from taskvec.checkpoint import Checkpoint
 from taskvec.modelwriter import RowsFunction
 from taskvec.rounding import FORMATS, FP32, Format, half_ulp, round_once
-from taskvec.taskvector import StoredTaskVector
+from taskvec.taskvector import StoredTaskVector, TaskVector
 
 
 @dataclass
@@ -67,7 +68,8 @@ class Application:
         base, vector: they fit together.
         scales: every lambda.
         format: what the results are stored in.
-        merged: the model that T was formed from, to compare with where lambda is one.
+        merged: the model that T was formed from, beside the base, to compare with where lambda is
+            one.
         device: where the arithmetic runs.
     """
 
@@ -77,7 +79,7 @@ class Application:
         vector: StoredTaskVector,
         scales: Sequence[float],
         format: Format,
-        merged: Checkpoint | None,
+        merged: TaskVector | None,
         device: torch.device,
     ) -> None:
         self._base, self._vector, self._merged = base, vector, merged
@@ -95,11 +97,15 @@ class Application:
         info = self._vector.tensors[name]
 
         def rows(base: torch.Tensor, start: int, stop: int) -> list[torch.Tensor]:
+            base = base.to(self._device)
             task_vector = read_rows(self._vector, info, start, stop, self._device)
-            W = self._subtracted(base.to(self._device))
+            W = self._subtracted(base)
             made = [add_scaled(W, task_vector, scale, self._format) for scale in self._scales]
             if self.round_trip is not None:
-                self._check(name, start, stop, W, task_vector, made[self._scales.index(1.0)])
+                again = made[self._scales.index(1.0)]
+                model = self._merged
+                wrong = _differs(again, model.block(base, name, start, stop)) if model else None
+                self.round_trip.add(self._may_differ(name, W, task_vector), wrong)
             return [new.cpu() for new in made]
 
         return rows
@@ -110,23 +116,9 @@ class Application:
         wide = base.to(torch.promote_types(base.dtype, torch.float32))
         return rounded.round(wide) if rounded else wide
 
-    def _check(
-        self,
-        name: str,
-        start: int,
-        stop: int,
-        W: torch.Tensor,
-        task_vector: torch.Tensor,
-        made: torch.Tensor,
-    ) -> None:
-        assert self.round_trip is not None
+    def _may_differ(self, name: str, W: torch.Tensor, task_vector: torch.Tensor) -> torch.Tensor:
         stored = self._vector.base_format or _format_of(self._base.tensors[name].dtype)
-        uncertain = may_differ(W, task_vector, stored, self._merged_format, self._format)
-        wrong = None
-        if self._merged is not None:
-            wanted = self._merged.read(name, start, stop).to(self._device)
-            wrong = made.double() != wanted.double()
-        self.round_trip.add(uncertain, wrong)
+        return may_differ(W, task_vector, stored, self._merged_format, self._format)
 
 
 def add_scaled(
@@ -141,8 +133,10 @@ def add_scaled(
     Returns:
         the format's dtype.
     """
-    total = torch.add(base.double(), task_vector.double(), alpha=scale)
-    return round_once(torch.where(task_vector == 0, base.double(), total), format)
+    W = base.double()
+    total = torch.add(W, task_vector.double(), alpha=scale)
+    unchanged = task_vector == 0  # where -0.0 + 0.0 would be 0.0
+    return round_once(torch.where(unchanged, W, total, out=total), format)
 
 
 def may_differ(
@@ -164,18 +158,24 @@ def may_differ(
     Returns:
         bool, of their shape.
     """
-    W, T = base.double(), task_vector.double()
+    found = (base + task_vector).abs() <= 4 * task_vector.abs()
+    # Elsewhere T is less than a quarter of M, so that its spacing is finer than M's.
+    W, T = base[found].double(), task_vector[found].double()
     total, own = W + T, half_ulp(T, FP32)
     least = (total.abs() - own).clamp(min=0)  # |M| is no less
     spacing = half_ulp(least, merged) * 2
-    even = (task_vector.view(torch.int32) & 1) == 0  # an error of just h(T) leaves T even
+    even = (task_vector[found].view(torch.int32) & 1) == 0  # an error of just h(T) leaves T even
     only = (own < spacing) | ((own == spacing) & ~even)
     is_number = merged.round(total) == total
-    may = ~torch.where(is_number, only, own < half_ulp(least, result))
-    if stored is None:
-        return may & (T != 0)
-    exact = own <= torch.minimum(half_ulp(least, merged), half_ulp(W, stored))
-    return may & ~exact
+    may = ~torch.where(is_number, only, own < half_ulp(least, result)) & (T != 0)
+    if stored is not None:
+        may &= own > torch.minimum(half_ulp(least, merged), half_ulp(W, stored))
+    return found.masked_scatter(found, may)
+
+
+def _differs(again: torch.Tensor, block: Block) -> torch.Tensor:
+    assert block.merged is not None  # a model's own task vector has it
+    return again.double() != block.merged.double()
 
 
 def _format_of(dtype: torch.dtype) -> Format | None:

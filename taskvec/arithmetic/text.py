@@ -13,6 +13,7 @@ from taskvec.wording import number, percent, size, table
 Document = dict[str, Any]
 
 _NEAR_NOISE = 3  # times the noise's largest singular value
+_LOW_RANK = 0.5  # of a matrix's elements; factors with more are hardly worth having
 
 
 def overview_lines(content: Document) -> list[str]:
@@ -146,6 +147,12 @@ def lora_lines(content: Document) -> list[str]:
         lines.append(
             f"In {near} of them the weakest singular value that was kept is less than "
             f"{_NEAR_NOISE} times the noise: there may be more of the change below it."
+        )
+    share = summary["factor_elements"] / summary["matrix_elements"]
+    if share > _LOW_RANK:
+        lines.append(
+            f"⚠️ The factors are {percent(share)} of the size of the matrices: this change is not "
+            "of low rank; --max_rank bounds it."
         )
     told = (
         (BIAS, "{} biases with their new values."),

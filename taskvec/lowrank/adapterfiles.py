@@ -18,12 +18,13 @@ from typing import Any
 
 import torch
 
-from taskvec.adapter import WEIGHTS_FILE
 from taskvec.lora_config import CONFIG_FILE
 from taskvec.lowrank.factors import Factors
 from taskvec.lowrank.layout import CONV1D, EMBEDDING, Parameter
 from taskvec.output import write_json
 from taskvec.tensorfile import TensorFileWriter
+
+WEIGHTS_FILE = "adapter_model.safetensors"  # the name that PEFT reads
 
 _PREFIX = "base_model.model."
 

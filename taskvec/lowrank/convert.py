@@ -201,7 +201,8 @@ def summarise(entries: dict[str, Entry]) -> Entry:
     Returns:
         how many parameters were treated how; of the factors, their ranks by frequency, the largest
         relative error ‖T - BA‖ / ‖T‖ and that of all of them together; and ``lost_share``, the
-        share of ‖T‖^2 in parameters that were left out or are below the floor. Beside the adapter
+        share of ‖T‖^2 in parameters that were left out or are below the floor; the elements of all
+        factors, and of the matrices that they stand for. Beside the adapter
         that was merged also ``truth``: how many ranks are its own, and of all its deltas that were
         recovered together the relative error of the factors and of T.
     """
@@ -220,6 +221,8 @@ def summarise(entries: dict[str, Entry]) -> Entry:
         "largest_relative_error": max(entry["relative_error"] for entry in lora),
         "relative_error": math.sqrt(error / squared) if squared else 0.0,
         "lost_share": lost / real if real else 0.0,
+        "factor_elements": sum(e["rank"] * sum(e["shape"]) for e in lora),
+        "matrix_elements": sum(math.prod(e["shape"]) for e in lora),
         "truth": _truth(known) if known else None,
     }
 

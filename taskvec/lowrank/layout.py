@@ -106,10 +106,12 @@ def _build(base: Checkpoint, config: dict[str, Any]) -> torch.nn.Module | None:
     if model_class is None or not hasattr(model_class, "from_pretrained"):
         return None
     try:
-        settings = transformers.AutoConfig.from_pretrained(str(base.directory))
+        settings = transformers.AutoConfig.from_pretrained(
+            str(base.directory), trust_remote_code=False
+        )
         with torch.device("meta"):
             built: torch.nn.Module = model_class(settings)
-    except (ValueError, KeyError, OSError, TypeError, RuntimeError):
+    except Exception:  # whatever a configuration raises that does not fit its class
         return None
     return built
 
