@@ -30,7 +30,7 @@ MOST_NAMES = 6  # of a problem on the terminal; the JSON has them all
 
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.new_parser(__doc__, device=False)
-    cli.add_lora_path(parser)
+    cli.add_lora_path(parser, several=False)
     parser.add_argument(
         "--base_model",
         metavar="MODEL",
@@ -199,7 +199,10 @@ def _print_problem(problem: Problem) -> None:
 
 def _body(args: argparse.Namespace) -> int:
     report = debug(
-        args.lora_path, args.base_model, output_dir=args.output_dir, revision=args.revision
+        cli.adapters(cli.lora_path(args) or ""),
+        args.base_model,
+        output_dir=args.output_dir,
+        revision=args.revision,
     )
     print_result(report)
     return cli.EXIT_OK if report.merges else cli.EXIT_DOES_NOT_HOLD

@@ -91,6 +91,7 @@ def extract(
     import torch
 
     from taskvec.checkpoint import open_checkpoint
+    from taskvec.names import aligned
     from taskvec.output import output_directory, write_json
     from taskvec.rounding import FORMATS
     from taskvec.taskvector import (
@@ -98,7 +99,6 @@ def extract(
         MERGED_PRECISION,
         TASK_VECTOR_FILE,
         FormedTaskVector,
-        check_same_architecture,
         precision_of,
     )
     from taskvec.tensorfile import TensorFileWriter
@@ -111,7 +111,7 @@ def extract(
         output_directory(target, names_written, [*base.paths, *merged.paths]) as partial,
         cli.progress(base.nbytes + merged.nbytes, "Extracting") as bar,
     ):
-        check_same_architecture(base, merged)
+        merged = aligned(base, merged)
         torch_device = cli.pick_device(device)
         vector = FormedTaskVector(finetuned_model, merged, FORMATS.get(base_precision))
         tensors = {name: info for name, info in base.tensors.items() if info.is_float}
@@ -169,7 +169,11 @@ def _extract_tensor(
     from taskvec.compare import Magnitude
     from taskvec.tensorfile import row_blocks
 
-    magnitude, merged_itemsize = Magnitude(), vector.merged.tensors[info.name].dtype.itemsize
+    magnitude = Magnitude()
+    if vector.is_zero(info.name):
+        bar.update(info.nbytes)
+        return magnitude
+    merged_itemsize = vector.merged.tensors[info.name].dtype.itemsize
     for start, stop in row_blocks(info, BLOCK_ELEMENTS):
         rows = base.read(info.name, start, stop)
         block = vector.block(rows.to(device), info.name, start, stop)
@@ -185,7 +189,7 @@ def _check_other_tensors(vector: FormedTaskVector, base: Checkpoint, bar: tqdm[A
     import torch
 
     for name, info in base.tensors.items():
-        if info.is_float:
+        if info.is_float or vector.is_zero(name):
             continue
         other = vector.merged.tensors[name]
         if info.dtype != other.dtype or not torch.equal(base.read(name), vector.merged.read(name)):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def merge(
     base_model: str,
-    lora_path: str,
+    lora_path: str | Sequence[str],
     output_dir: str | Path,
     *,
     precision: str = "fp32",
@@ -80,7 +81,7 @@ def merge(
 
     Args:
         base_model: directory, .safetensors file or hub id.
-        lora_path: directory or hub id of a PEFT LoRA adapter.
+        lora_path: directory or hub id of a PEFT LoRA adapter, or several, merged in turn.
         output_dir: absent, empty, or an earlier merge, which is replaced.
         precision: fp32, fp16 or bf16.
         rounding: once or peft (`taskvec.rounding.RECIPES`).
@@ -93,7 +94,7 @@ def merge(
     """
     from taskvec.adapter import open_adapter
     from taskvec.checkpoint import open_checkpoint
-    from taskvec.modelwriter import write_model
+    from taskvec.modelwriter import stored_format, write_model
     from taskvec.output import output_directory, write_json
     from taskvec.rounding import FORMATS, ROUNDINGS
 
@@ -101,7 +102,7 @@ def merge(
     with (
         open_checkpoint(base_model, revision) as base,
         open_adapter(lora_path, base) as adapter,
-        output_directory(target, is_merged_model, [*base.paths, adapter.path]) as partial,
+        output_directory(target, is_merged_model, [*base.paths, *adapter.paths]) as partial,
         cli.progress(base.nbytes, f"Merging in {precision}") as bar,
     ):
         torch_device = cli.pick_device(device)
@@ -109,7 +110,9 @@ def merge(
             base,
             partial,
             format,
-            lambda name: _merged_rows(adapter, name, recipe, format, torch_device),
+            lambda name: _merged_rows(
+                adapter, name, recipe, stored_format(base, name, format), torch_device
+            ),
             max_shard_size=max_shard_size,
             bar=bar,
         )
@@ -132,15 +135,12 @@ def is_merged_model(directory: Path) -> bool:
 def _merged_rows(
     adapter: Adapter, name: str, recipe: Recipe, format: Format, device: torch.device
 ) -> RowFunction | None:
-    from taskvec.rounding import merge_rows, recipe_delta
-
     if name not in adapter.scalings:
         return None
     update = adapter.update(name, device)
 
     def rows(base: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        delta = recipe_delta(recipe, update, start, stop, format)
-        return merge_rows(recipe, base.to(device), delta, format).cpu()
+        return update.merged(recipe, base.to(device), start, stop, format).cpu()
 
     return rows
 
@@ -150,10 +150,8 @@ def _manifest(
 ) -> dict[str, Any]:
     import torch
 
-    from taskvec.checkpoint import file_sha256
-
     return {
-        "adapter": {path.name: {"sha256": file_sha256(path)} for path in adapter.files},
+        **_adapters(adapter),
         "base": base.identity(),
         "precision": precision,
         "rounding": rounding,
@@ -164,10 +162,19 @@ def _manifest(
     }
 
 
+def _adapters(adapter: Adapter) -> dict[str, Any]:
+    """The files of the adapter, or of each of several in the order of merging."""
+    from taskvec.checkpoint import file_sha256
+
+    hashes = [(path.name, {"sha256": file_sha256(path)}) for path in adapter.files]
+    each = [dict(hashes[start : start + 2]) for start in range(0, len(hashes), 2)]
+    return {"adapter": each[0]} if len(each) == 1 else {"adapters": each}
+
+
 def _body(args: argparse.Namespace) -> int:
     result = merge(
         args.base_model,
-        args.lora_path,
+        cli.lora_path(args),
         args.output_dir,
         precision=args.precision,
         rounding=args.rounding,

@@ -1,4 +1,4 @@
-"""A PEFT adapter on disk, bound to the base that it will be merged into.
+"""One or several PEFT adapters on disk, bound to the base that they will be merged into.
 
 Coverage is what the tensors say, not ``target_modules``. What is not understood is refused by
 name: nothing is merged by guess.
@@ -7,94 +7,95 @@ name: nothing is merged by guess.
 from __future__ import annotations
 
 import contextlib
-import re
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from taskvec.adapter_binding import bind
+from taskvec.adapter_keys import Key, key_of
+from taskvec.adapter_parts import LowRankPart, Part, ReplacementPart, TokensPart
 from taskvec.checkpoint import Checkpoint, locate_adapter
 from taskvec.cli import UserError
 from taskvec.lora_config import CONFIG_FILE, LoraConfig, read_config
-from taskvec.names import renaming
-from taskvec.tensorfile import TensorFile, TensorInfo
+from taskvec.tensorfile import TensorFile
+from taskvec.torchfile import TorchFile
 from taskvec.update import Update
+from taskvec.updates.in_turn import InTurn
 
-WEIGHTS_FILE = "adapter_model.safetensors"
+WEIGHTS_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
-_PREFIX = "base_model.model."
-_FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<side>[AB])\.weight$")
-
-
-@dataclass(frozen=True)
-class _Pair:
-    """The two tensors of a module, before the base is known."""
-
-    module: str
-    A: TensorInfo
-    B: TensorInfo
-    scaling: float
+Sources = str | Sequence[str]
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter opened for reading and bound to a base: parameter names are the base's.
+    """Adapters opened for reading and bound to a base: parameter names are the base's.
 
     Attributes:
-        path: its directory.
-        config: its adapter_config.json.
-        scalings: s of each parameter that it changes, in the order of the base.
-        stored_bytes: size of its tensors.
+        paths: their directories, in the order in which they are merged.
+        configs: their adapter_config.json.
+        scalings: every parameter that they change, in the order of the base, with its s; None for
+            what is not a product (a tensor that is replaced), or is one of several.
+        files: configurations and weights.
+        stored_elements, stored_bytes: size of all their tensors.
     """
 
-    path: Path
-    config: LoraConfig
-    scalings: dict[str, float]
+    paths: list[Path]
+    configs: list[LoraConfig]
+    scalings: dict[str, float | None]
+    files: list[Path]
     stored_elements: int
     stored_bytes: int
-    _file: TensorFile
-    _pairs: dict[str, _Pair]
-    _transposed: dict[str, bool]
+    _base: Checkpoint
+    _parts: dict[str, list[Part]]
+
+    @property
+    def config(self) -> LoraConfig:
+        """Of the first adapter."""
+        return self.configs[0]
 
     @property
     def parameters(self) -> list[str]:
-        """Names, in the base, of the parameters that this adapter changes."""
-        return list(self._pairs)
+        """Names, in the base, of the parameters that the adapters change."""
+        return list(self._parts)
 
-    @property
-    def files(self) -> list[Path]:
-        return [self.path / CONFIG_FILE, self.path / WEIGHTS_FILE]
+    def is_low_rank(self, parameter: str) -> bool:
+        """Whether a parameter's update is s * B @ A on a matrix, so that `update` is a `LowRank`.
+
+        Then ``A`` (r, in), ``B`` (out, r), ``scaling`` and ``transposed`` are all there is to it,
+        and no spectrum of it needs a large matrix.
+        """
+        part, *more = self._parts[parameter]
+        plain = isinstance(part, LowRankPart) and part.magnitude is None and part.stored is None
+        return plain and not more
 
     def update(self, parameter: str, device: torch.device) -> Update:
-        """What the adapter does to one parameter, its factors raised to fp32 on ``device``.
+        """What the adapters do to one parameter, factors raised to fp32 on ``device``.
 
         Raises:
-            UserError: a factor holds NaN or infinity.
+            UserError: a tensor holds NaN or infinity.
         """
-        pair = self._pairs[parameter]
-        A, B = (self._factor(info, device) for info in (pair.A, pair.B))
-        return Update(parameter, A, B, pair.scaling, self._transposed[parameter])
-
-    def _factor(self, info: TensorInfo, device: torch.device) -> torch.Tensor:
-        factor = self._file.read(info).to(device, torch.float32)
-        if not torch.isfinite(factor).all():
-            bad = int((~torch.isfinite(factor)).sum())
-            raise UserError(f"{info.path}: {info.name}: {bad} values are NaN or infinite")
-        return factor
+        updates = [part.update(parameter, self._base, device) for part in self._parts[parameter]]
+        return updates[0] if len(updates) == 1 else InTurn(parameter, tuple(updates))
 
 
 @contextlib.contextmanager
-def open_adapter(source: str, base: Checkpoint) -> Iterator[Adapter]:
-    """Open an adapter and match it with the base it will be merged into.
+def open_adapter(source: Sources, base: Checkpoint) -> Iterator[Adapter]:
+    """Open one or several adapters and match them with the base they will be merged into.
+
+    An adapter that separates the output head from the embedding that it is tied to makes the head
+    a parameter of the base (`taskvec.ties.untie`).
 
     Args:
-        source: directory or hub id of a PEFT LoRA adapter.
+        source: directory or hub id of a PEFT LoRA adapter, or several, to be merged in turn.
         base: the base model.
 
     Raises:
-        UserError: not a plain LoRA adapter, a factor without its partner, a module that the base
-            has not got, shapes that do not fit (all named); a quantised base.
+        UserError: an adapter that is not understood, a factor without its partner, a module that
+            the base has not got, shapes that do not fit (all named); a quantised base.
 
     Example:
         with open_checkpoint(b) as base, open_adapter(l, base) as adapter:
@@ -103,101 +104,69 @@ def open_adapter(source: str, base: Checkpoint) -> Iterator[Adapter]:
                 rows = update.delta(0, 10)   # (10, in) fp32
     """
     base.refuse_quantised()  # first: its packed weights would look like wrong shapes
-    path = locate_adapter(source)
-    config = read_config(path)
-    weights = path / WEIGHTS_FILE
-    if not weights.is_file():
-        raise UserError(f"{path}: holds no {WEIGHTS_FILE}; PEFT's save_pretrained() writes one")
-    with TensorFile(weights) as file:
-        pairs = _bind(_pairs(file, config), base)
+    sources = [source] if isinstance(source, str) else list(source)
+    paths = [locate_adapter(each) for each in sources]
+    configs = [read_config(path) for path in paths]
+    parts: dict[str, list[Part]] = {}
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(open_weights(path)) for path in paths]
+        for file, config in zip(files, configs, strict=True):
+            for name, found in bind(file, config, base).items():
+                parts.setdefault(name, []).extend(found)
+        for name, found in parts.items():
+            _check_order(name, found)
+        ordered = {name: parts[name] for name in base.tensors if name in parts}
+        infos = [info for file in files for info in file.tensors.values()]
         yield Adapter(
-            path=path,
-            config=config,
-            scalings={name: pair.scaling for name, pair in pairs.items()},
-            stored_elements=sum(info.elements for info in file.tensors.values()),
-            stored_bytes=sum(info.nbytes for info in file.tensors.values()),
-            _file=file,
-            _pairs=pairs,
-            _transposed=_orientations(pairs, base, config),
+            paths=paths,
+            configs=configs,
+            scalings={
+                name: found[0].scaling if len(found) == 1 else None
+                for name, found in ordered.items()
+            },
+            files=[
+                path
+                for directory, file in zip(paths, files, strict=True)
+                for path in (directory / CONFIG_FILE, file.path)
+            ],
+            stored_elements=sum(info.elements for info in infos),
+            stored_bytes=sum(info.nbytes for info in infos),
+            _base=base,
+            _parts=ordered,
         )
+
+
+def open_weights(path: Path) -> TensorFile:
+    """The weights in an adapter's directory, as PEFT would choose them.
+
+    Raises:
+        UserError: there are none, or they are damaged.
+    """
+    safe, pickled = (path / name for name in WEIGHTS_FILES)
+    if safe.is_file():
+        return TensorFile(safe)
+    if pickled.is_file():
+        return TorchFile(pickled)
+    raise UserError(f"{path}: holds no {WEIGHTS_FILES[0]}; PEFT's save_pretrained() writes one")
 
 
 def factor_of(name: str) -> tuple[str, str] | None:
     """The module and side ("A" or "B") of an adapter tensor; None if it is no LoRA factor."""
-    match = _FACTOR.match(name.removeprefix(_PREFIX))
-    if not name.startswith(_PREFIX) or match is None:
-        return None
-    return match["module"], match["side"]
+    key: Key | None = key_of(name)
+    return (key.module, key.role) if key is not None and key.role in ("A", "B") else None
 
 
-def _pairs(file: TensorFile, config: LoraConfig) -> list[_Pair]:
-    """The A and B of every module, checked against each other and the configured rank."""
-    sides: dict[str, dict[str, TensorInfo]] = {}
-    for name, info in file.tensors.items():
-        factor = factor_of(name)
-        if factor is None:
-            raise UserError(f"{file.path}: {name}: not a tensor of a plain LoRA adapter")
-        if not info.is_float or len(info.shape) != 2:
-            raise UserError(f"{file.path}: {name}: {info.dtype} {info.shape} is no LoRA factor")
-        sides.setdefault(factor[0], {})[factor[1]] = info
-    if not sides:
-        raise UserError(f"{file.path}: holds no LoRA tensors")
-    return [_pair(file.path, module, factors, config) for module, factors in sides.items()]
+def _check_order(name: str, parts: Sequence[Part]) -> None:
+    """Refuse what is not well defined when several adapters change one parameter.
 
-
-def _pair(path: Path, module: str, factors: dict[str, TensorInfo], config: LoraConfig) -> _Pair:
-    if len(factors) == 1:
-        present, missing = ("A", "B") if "A" in factors else ("B", "A")
-        raise UserError(f"{path}: {module} has lora_{present} but no lora_{missing}")
-    A, B = factors["A"], factors["B"]
-    rank, scaling = config.scaling(module)
-    if A.shape[0] != rank or B.shape[1] != rank:
-        raise UserError(
-            f"{path}: {module}: lora_A {A.shape} and lora_B {B.shape} do not have the rank {rank} "
-            f"of {config.file.name}"
-        )
-    return _Pair(module, A, B, scaling)
-
-
-def _bind(pairs: list[_Pair], base: Checkpoint) -> dict[str, _Pair]:
-    """Pairs by the base's name for their parameter, in the order of the base's files."""
-    rename = renaming([pair.module for pair in pairs], base)
-    bound = {}
-    for pair in pairs:
-        name = rename(f"{pair.module}.weight")
-        if name not in base.tensors:
-            raise UserError(f"{pair.A.path}: adapts {pair.module}, which {base.source} has not got")
-        bound[name] = pair
-    return {name: bound[name] for name in base.tensors if name in bound}
-
-
-def _orientations(pairs: dict[str, _Pair], base: Checkpoint, config: LoraConfig) -> dict[str, bool]:
-    """Whether each parameter is stored (in, out); every shape is checked on the way.
-
-    A rectangular weight shows its orientation. A square one does not: there fan_in_fan_out decides,
-    unless the adapter's rectangular weights contradict it (PEFT saves the flag of the module that
-    it wrapped last, which says nothing of the others where a model has both kinds).
+    Raises:
+        UserError: names the parameter and both files.
     """
-    flag = config.fan_in_fan_out
-    shown: dict[str, bool] = {}
-    for name, pair in pairs.items():
-        out, into, stored = pair.B.shape[0], pair.A.shape[1], base.tensors[name].shape
-        if stored not in ((out, into), (into, out)):
+    for before, part in itertools.pairwise(parts):
+        replaced = isinstance(part, (ReplacementPart, TokensPart))
+        if replaced or getattr(part, "magnitude", None) is not None:
+            what = "replaces" if replaced else "rescales (DoRA)"
             raise UserError(
-                f"{pair.A.path}: {pair.module}: B @ A is {(out, into)}, but {name} in "
-                f"{base.source} is {stored}"
+                f"{part.source.path}: {what} {name}, which {before.source.path} changes too; merge "
+                "the first adapter, then the second onto the result"
             )
-        if not base.tensors[name].is_float:
-            raise UserError(f"{base.source}: {name} is {base.tensors[name].dtype}, not a float")
-        if out != into:
-            shown[name] = stored == (into, out)
-    other = next((name for name in shown if shown[name] != flag), None)
-    if other and len(shown) < len(pairs):
-        square = next(name for name in pairs if name not in shown)
-        mixed = flag in shown.values()
-        raise UserError(
-            f"{config.file}: fan_in_fan_out is {flag}, but {other} is stored the other way, so the "
-            f"orientation of the square {square} is not known; "
-            + ("save each kind as an adapter of its own" if mixed else f"set it to {not flag}")
-        )
-    return {name: shown.get(name, flag) for name in pairs}

@@ -34,6 +34,7 @@ from taskvec.names import naming_rules
 from taskvec.targets import TargetRule
 from taskvec.tensorfile import TensorFile, TensorInfo, row_blocks
 from taskvec.update import Update
+from taskvec.updates.products import LowRank
 
 _BLOCK_ELEMENTS = 1 << 20
 _FP32_LARGEST = torch.finfo(torch.float32).max
@@ -297,13 +298,19 @@ def _overflows(update: Update, info: TensorInfo) -> bool:
     """True if the delta has values beyond fp32; computed only where a bound cannot exclude it."""
     if not info.elements:
         return False
+    if not isinstance(update, LowRank):
+        return not _finite_delta(update, info)
     rows = float(torch.linalg.vector_norm(update.B.double(), dim=1).max())
     columns = float(torch.linalg.vector_norm(update.A.double(), dim=0).max())
     scaling = abs(update.scaling)
     if rows * columns * max(1.0, scaling) < _FP32_LARGEST / 2 and scaling < _FP32_LARGEST:
         return False
-    return any(
-        not bool(torch.isfinite(update.delta(start, stop)).all())
+    return not _finite_delta(update, info)
+
+
+def _finite_delta(update: Update, info: TensorInfo) -> bool:
+    return all(
+        bool(torch.isfinite(update.delta(start, stop)).all())
         for start, stop in row_blocks(info, _BLOCK_ELEMENTS)
     )
 

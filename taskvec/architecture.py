@@ -28,6 +28,8 @@ class Place:
 
     Attributes:
         layer: index of the layer, None for what stands outside the layers.
+        stack: what the layers are those of, such as model.layers; an encoder and a decoder have one
+            each. Empty outside the layers.
         block: "attention", "mlp", "norm", "embedding" or "other".
         module: the module's own name, such as q_proj.
         kind: what the module calls the parameter, such as weight or bias.
@@ -37,6 +39,7 @@ class Place:
     block: str
     module: str
     kind: str
+    stack: str = ""
 
 
 def place(name: str) -> Place:
@@ -44,14 +47,18 @@ def place(name: str) -> Place:
 
     Example:
         place("model.layers.3.self_attn.q_proj.weight")
-        -> Place(layer=3, block="attention", module="q_proj", kind="weight")
+        -> Place(layer=3, block="attention", module="q_proj", kind="weight", stack="model.layers")
     """
     parts = name.split(".")
-    numbers = [int(part) for part in parts if is_index(part)]
+    first = next((index for index, part in enumerate(parts) if is_index(part)), None)
     words = [part for part in parts if not is_index(part)] or parts
-    kind = words[-1]
-    module = words[-2] if len(words) > 1 else words[-1]
-    return Place(numbers[0] if numbers else None, _block(words[:-1] or words), module, kind)
+    return Place(
+        layer=None if first is None else int(parts[first]),
+        block=_block(words[:-1] or words),
+        module=words[-2] if len(words) > 1 else words[-1],
+        kind=words[-1],
+        stack="" if first is None else ".".join(parts[:first]),
+    )
 
 
 def layer_split(name: str) -> tuple[str, int, str] | None:
@@ -138,6 +145,8 @@ def _block(modules: list[str]) -> str:
     for module in reversed([word.lower() for word in modules]):
         if any(mark in module for mark in _NORM):
             return "norm"
+        if module == "embed_out":  # GPT-NeoX's head
+            return "other"
         if module == "shared" or any(mark in module for mark in _EMBEDDING):  # shared: T5
             return "embedding"
         if any(mark in module for mark in _ATTENTION):

@@ -17,7 +17,9 @@ from typing import Any
 
 import torch
 
+from taskvec.checkpoint import locate_adapter
 from taskvec.cli import UserError
+from taskvec.conversions import Conversion, conversion_of
 from taskvec.tensorfile import TensorFile, row_blocks
 
 DEFAULT_PROMPTS = (
@@ -91,13 +93,24 @@ def tokenize(directory: str, prompts: Sequence[str]) -> list[list[int]]:
 
 
 def adapter_logits(
-    base: str, lora: str, token_ids: Sequence[list[int]], device: torch.device
+    base: str,
+    lora: str | Sequence[str],
+    token_ids: Sequence[list[int]],
+    device: torch.device,
 ) -> list[torch.Tensor]:
-    """The reference: the base in fp32 with the adapter beside it, unmerged, by PEFT."""
+    """The reference: the base in fp32 with the adapters beside it, unmerged, by PEFT."""
     from peft import PeftModel
 
+    first, *more = [
+        str(locate_adapter(source)) for source in ([lora] if isinstance(lora, str) else lora)
+    ]
     with _model(base, device) as model:
-        return prompt_logits(PeftModel.from_pretrained(model, lora), token_ids)
+        adapted = PeftModel.from_pretrained(model, first, adapter_name="0")
+        for number, path in enumerate(more, 1):
+            adapted.load_adapter(path, str(number))
+        if more:
+            adapted.base_model.set_adapter([str(number) for number in range(1 + len(more))])
+        return prompt_logits(adapted, token_ids)
 
 
 def model_logits(
@@ -134,14 +147,32 @@ def _model(source: str, device: torch.device) -> Iterator[Any]:
 
 
 def _add_task_vector(model: Any, file: TensorFile) -> None:
-    """Add in place, row block by row block; names may lack the backbone's prefix."""
+    """Add in place, row block by row block; names may be those of files, with or without prefix."""
     state = model.state_dict()
-    prefix = f"{model.base_model_prefix}."
+    conversion = conversion_of(model.config.to_dict())
+    added: set[tuple[int, int]] = set()
     for name, info in file.tensors.items():
-        target = state.get(name, state.get(prefix + name))
-        if target is None:
-            raise UserError(f"{file.path}: {name} is no parameter of the model in transformers")
         if file.is_hole(info):
             continue
+        target = _target(state, conversion, name, f"{model.base_model_prefix}.")
+        if target is None or target.shape != info.shape:
+            raise UserError(f"{file.path}: {name} is no parameter of the model in transformers")
+        place = target.data_ptr(), target.numel()
+        if place in added:  # a second copy of a tied tensor
+            continue
+        added.add(place)
         for start, stop in row_blocks(info, _BLOCK_ELEMENTS):
-            target[start:stop] += file.read(info, start, stop).to(target.device)
+            rows = file.read(info, start, stop).to(target.device)
+            target.view(info.rows, *info.row_shape)[start:stop] += rows
+
+
+def _target(
+    state: dict[str, torch.Tensor], conversion: Conversion, name: str, prefix: str
+) -> torch.Tensor | None:
+    """The parameter in memory, or the part of a fused one, that a name in a file stands for."""
+    key = conversion.key(name)
+    candidates = (key.name, prefix + key.name, key.name.removeprefix(prefix))
+    target = next((state[found] for found in candidates if found in state), None)
+    if target is None or key.expert is None:
+        return target
+    return target[key.expert].chunk(conversion.parts(key.name))[key.part]

@@ -47,6 +47,7 @@ def measure_tensor(subject: Subject, name: str, device: torch.device, *, ranks: 
     info, magnitude, where = subject.tensors[name], subject.measure(name, device), place(name)
     entry: Entry = {
         "shape": list(info.shape),
+        "stack": where.stack,
         "layer": where.layer,
         "block": where.block,
         "module": where.module,

@@ -160,7 +160,7 @@ class ParameterCertificate:
 
         Args:
             block: the rows.
-            delta: the same rows of s * B @ A in float64.
+            delta: the same rows of the update in float64.
 
         Returns:
             False if these rows cannot have been stored in ``format``, whatever was merged.
@@ -281,17 +281,19 @@ class ParameterCertificate:
         if largest > 1:
             outside = ratio > 1
             tally.violations += int(outside.sum())
-            rows = outside.any(1).nonzero().flatten() + block.start
+            rows = outside.flatten(1).any(1) if outside.ndim > 1 else outside
+            rows = rows.nonzero().flatten() + block.start
             tally.violating_rows.update(rows.tolist())
         if tally.worst is None or largest > tally.max_ratio:
-            row, column = divmod(int(ratio.argmax()), ratio.shape[1])
+            place = int(ratio.argmax())
+            row, column = divmod(place, ratio[0].numel())
             tally.max_ratio = largest
             tally.worst = Element(
                 row=row + block.start,
                 column=column,
-                task_vector=float(block.task_vector[row, column]),
-                delta=float(delta[row, column]),
-                bound=float(bound[row, column]),
+                task_vector=float(block.task_vector.flatten()[place]),
+                delta=float(delta.flatten()[place]),
+                bound=float(bound.flatten()[place]),
             )
 
 

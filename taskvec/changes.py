@@ -23,6 +23,7 @@ from taskvec.compare import (
     compare_parameter,
 )
 from taskvec.subject import Subject
+from taskvec.tensorfile import TensorInfo
 
 Entry = dict[str, Any]
 
@@ -116,6 +117,7 @@ def _entry(
     where, info = place(name), subject.tensors[name]
     return {
         "shape": list(info.shape),
+        "stack": where.stack,
         "layer": where.layer,
         "block": where.block,
         "module": where.module,
@@ -203,15 +205,14 @@ def describe_change(
     Returns:
         ready for JSON; ``relative`` is |T / W|, null where W is not known or zero.
     """
-    row = change.index[0] if change.index else 0
+    row, column = _row_and_column(change.index, subject.tensors[change.parameter])
     base = delta = None
     if subject.base is not None:
-        rows = subject.base.read(change.parameter, row, row + 1)
-        value = float(rows.reshape(-1)[_column(change.index, subject, change.parameter)])
+        value = float(subject.base.read(change.parameter, row, row + 1).reshape(-1)[column])
         base = value if math.isfinite(value) else None
     if adapter is not None and change.parameter in adapter.scalings:
         update = adapter.update(change.parameter, torch.device("cpu"))
-        delta = float(update.exact(row, row + 1)[0, change.index[1]])
+        delta = float(update.exact(row, row + 1).reshape(-1)[column])
     return {
         "parameter": change.parameter,
         "index": list(change.index),
@@ -223,9 +224,9 @@ def describe_change(
     }
 
 
-def _column(index: tuple[int, ...], subject: Subject, name: str) -> int:
-    """Position of an element within its row."""
+def _row_and_column(index: tuple[int, ...], info: TensorInfo) -> tuple[int, int]:
+    """The row that holds an element, and its position within the row."""
     flat = 0
-    for position, size in zip(index[1:], subject.tensors[name].shape[1:], strict=True):
+    for position, size in zip(index, info.shape, strict=True):
         flat = flat * size + position
-    return flat
+    return divmod(flat, info.row_elements)

@@ -1,7 +1,7 @@
 """A model on disk: open it by directory, file or hub id, and read its tensors one at a time.
 
-Knows nothing of adapters. Tensors are read straight from the safetensors files; no model code runs
-and nothing is unpickled.
+Knows nothing of adapters. Tensors are read straight from the files; no model code runs and nothing
+but tensors is unpickled.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,34 @@ import torch
 
 from taskvec.cli import UserError
 from taskvec.tensorfile import TensorFile, TensorInfo
+from taskvec.ties import set_copies_aside
+from taskvec.torchfile import TorchFile, is_torch_file
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_TORCH_FILE = "pytorch_model.bin"
+
+# In the order in which transformers looks for them: a file, and the index of one in shards.
+_WEIGHT_FILES = ((SINGLE_FILE, INDEX_FILE), (_TORCH_FILE, f"{_TORCH_FILE}.index.json"))
 
 # What a hub download of a model consists of: configuration, tokenizer and weights.
 _MODEL_PATTERNS = ["*.json", "*.txt", "*.model", "*.jinja", "model*.safetensors"]
-_ADAPTER_PATTERNS = ["adapter_config.json", "adapter_model.safetensors"]
+_TORCH_PATTERNS = ["pytorch_model*.bin"]  # only where there is no safetensors file
+_ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"]
+# What quantisation methods store beside or instead of a weight.
+_QUANTISED = re.compile(
+    r"\.(?:(?P<gptq>qweight|qzeros)|(?P<bnb8>SCB)|(?P<compressed>weight_packed)"
+    r"|(?P<bnb4>absmax|quant_map|quant_state\.\w+)|(?P<scaled>weight_scale(?:_inv)?)"
+    r"|(?P<mxfp4>\w+_blocks))$"
+)
+_METHODS = {
+    "gptq": "GPTQ or AWQ",
+    "bnb8": "bitsandbytes, 8 bits",
+    "bnb4": "bitsandbytes, 4 bits",
+    "compressed": "compressed-tensors",
+    "scaled": "fp8 or compressed-tensors",
+    "mxfp4": "mxfp4",
+}
 EXAMPLE_HINT = (
     "`python final_validation.py` without arguments runs the bundled example without a network"
 )
@@ -38,7 +60,7 @@ class Checkpoint:
         source: the model as the user named it.
         directory: where its config.json and tokenizer lie; None for a bare file.
         shards: the open files, in the order of their names.
-        tensors: where each tensor lies, in the order of the files.
+        tensors: where each tensor lies, in the order of the files; tied ones once (`taskvec.ties`).
         revision: the hub commit, where the model came from the hub.
     """
 
@@ -47,6 +69,7 @@ class Checkpoint:
     shards: dict[Path, TensorFile]
     tensors: dict[str, TensorInfo]
     revision: str | None = None
+    _config: dict[str, Any] | None = field(default=None, repr=False)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Rows ``start`` to ``stop`` of a tensor (rows, ...), in its stored dtype, on the CPU."""
@@ -68,24 +91,38 @@ class Checkpoint:
         return [self.directory] if self.directory else list(self.shards)
 
     def config(self) -> dict[str, Any]:
-        """config.json, or an empty dict for a bare file."""
-        if self.directory is None or not (self.directory / "config.json").is_file():
-            return {}
-        return read_json_object(self.directory / "config.json")
+        """config.json, read once and not to be changed; an empty dict for a bare file."""
+        if self._config is None:
+            file = self.directory / "config.json" if self.directory else None
+            self._config = read_json_object(file) if file and file.is_file() else {}
+        return self._config
 
     def refuse_quantised(self) -> None:
-        """Quantised weights cannot be added to.
+        """Quantised weights cannot be added to or subtracted.
 
         Raises:
-            UserError: config.json names a quantisation.
+            UserError: config.json names a quantisation, or a tensor is one of a known method.
         """
-        quantisation = self.config().get("quantization_config")
-        if quantisation:
-            method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
+        if method := self._quantisation():
             raise UserError(
-                f"{self.source}: is quantised ({method or 'quantization_config'}); use the "
-                "unquantised base that it was made from"
+                f"{self.source}: is quantised ({method}); use the unquantised base that it was "
+                "made from"
             )
+
+    def _quantisation(self) -> str | None:
+        """What shows that the weights are quantised: a method by name, or a tensor."""
+        configs = [self.config(), *(v for v in self.config().values() if isinstance(v, dict))]
+        for config in configs:
+            for key in ("quantization_config", "compression_config"):
+                if found := config.get(key):
+                    method = found.get("quant_method") if isinstance(found, dict) else None
+                    return str(method or key)
+        for name, info in self.tensors.items():
+            if match := _QUANTISED.search(name):
+                return f"{_METHODS[match.lastgroup or '']}: {name}"
+            if str(info.dtype).startswith("torch.float8"):
+                return f"fp8: {name}"
+        return None
 
     def identity(self) -> dict[str, Any]:
         """What tells this model from another: hub commit, or sizes and header hashes of files."""
@@ -93,8 +130,8 @@ class Checkpoint:
             "source": self.source,
             "revision": self.revision,
             "files": {
-                path.name: {"bytes": path.stat().st_size, "header_sha256": _header_sha256(path)}
-                for path in self.shards
+                path.name: {"bytes": path.stat().st_size, "header_sha256": _header_sha256(shard)}
+                for path, shard in self.shards.items()
             },
         }
 
@@ -104,12 +141,13 @@ def open_checkpoint(source: str, revision: str | None = None) -> Iterator[Checkp
     """Open a model for reading.
 
     Args:
-        source: a directory with model.safetensors or its index and shards, a single
-            .safetensors file, or a hub id (through the ordinary Hugging Face cache).
+        source: a directory with model.safetensors (or pytorch_model.bin) or its index and shards,
+            a single .safetensors or .bin file, or a hub id (through the ordinary Hugging Face
+            cache).
         revision: branch, tag or commit of a hub id.
 
     Raises:
-        UserError: nothing there, no safetensors weights, damaged or missing shards.
+        UserError: nothing there, no weights, damaged or missing shards.
 
     Example:
         with open_checkpoint("examples/starcoder2-mini") as base:
@@ -123,25 +161,44 @@ def open_checkpoint(source: str, revision: str | None = None) -> Iterator[Checkp
         directory = path
         files, weight_map = _find_shards(path)
     with contextlib.ExitStack() as stack:
-        shards = {file: stack.enter_context(TensorFile(file)) for file in files}
+        shards = {file: stack.enter_context(_open_file(file)) for file in files}
         tensors = _collect(shards)
         if weight_map is not None:
-            _check_index(path / INDEX_FILE, weight_map, tensors)
+            index = next(path / name for _, name in _WEIGHT_FILES if (path / name).is_file())
+            _check_index(index, weight_map, tensors)
         if not tensors:
             raise UserError(f"{source}: holds no tensors")
-        yield Checkpoint(source, directory, shards, tensors, commit)
+        model = Checkpoint(source, directory, shards, tensors, commit)
+        set_copies_aside(model)
+        yield model
 
 
 def locate_adapter(source: str) -> Path:
-    """The directory of an adapter that is named by directory or hub id.
+    """The directory of an adapter that is named by directory, hub id or a folder in a hub id.
+
+    Example:
+        locate_adapter("organisation/repository/folder")
 
     Raises:
         UserError: nothing there.
     """
-    path, _ = _locate(source, None, _ADAPTER_PATTERNS)
+    hub_id, folder = source, ""
+    first, *rest = source.split("/")
+    on_the_hub = first not in ("", ".", "..", "~") and not Path(first).exists()
+    if on_the_hub and len(rest) == 2 and all(rest):
+        hub_id, folder = f"{first}/{rest[0]}", f"{rest[1]}/"
+    path, _ = _locate(hub_id, None, [folder + name for name in _ADAPTER_FILES])
     if path.is_file():
         raise UserError(f"{source}: is a file; give the adapter's directory")
-    return path
+    if not (path / folder).is_dir():
+        named = ", ".join(named_adapters(path))
+        raise UserError(f"{source}: {hub_id} has no such folder{named and '; it has '}{named}")
+    return path / folder
+
+
+def named_adapters(directory: Path) -> list[str]:
+    """The folders within a directory that hold an adapter."""
+    return sorted(path.parent.name for path in directory.glob(f"*/{_ADAPTER_FILES[0]}"))
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -168,24 +225,38 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def _open_file(path: Path) -> TensorFile:
+    _refuse_gguf(path)
+    return TorchFile(path) if is_torch_file(path) else TensorFile(path)
+
+
+def _refuse_gguf(path: Path) -> None:
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        if file.read(4) == b"GGUF":
+            raise UserError(
+                f"{path}: is a GGUF file, which holds quantised weights under names of its own; "
+                "use the unquantised base that it was made from, as safetensors"
+            )
+
+
 def _find_shards(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
     """The weight files of a model directory, as transformers would choose them."""
-    if (directory / SINGLE_FILE).is_file():
-        return [directory / SINGLE_FILE], None
-    index = directory / INDEX_FILE
-    if index.is_file():
-        weight_map = _read_weight_map(index)
-        files = [directory / name for name in sorted(set(weight_map.values()))]
-        for file in files:
-            if not file.is_file():
-                raise UserError(f"{file}: named in {INDEX_FILE} but not there; copy it in")
-        return files, weight_map
-    if list(directory.glob("pytorch_model*.bin")):
-        raise UserError(
-            f"{directory}: holds pytorch_model.bin only; load it in transformers and "
-            "save_pretrained() it to get safetensors"
-        )
-    raise UserError(f"{directory}: holds neither {SINGLE_FILE} nor {INDEX_FILE}")
+    for single, index_name in _WEIGHT_FILES:
+        if (directory / single).is_file():
+            return [directory / single], None
+        index = directory / index_name
+        if index.is_file():
+            weight_map = _read_weight_map(index)
+            files = [directory / name for name in sorted(set(weight_map.values()))]
+            for file in files:
+                if not file.is_file():
+                    raise UserError(f"{file}: named in {index_name} but not there; copy it in")
+            return files, weight_map
+    for path in sorted(directory.glob("*.gguf")):
+        _refuse_gguf(path)
+    raise UserError(
+        f"{directory}: holds neither {SINGLE_FILE} nor {INDEX_FILE}, nor {_TORCH_FILE} or its index"
+    )
 
 
 def _read_weight_map(index: Path) -> dict[str, str]:
@@ -226,9 +297,12 @@ def _locate(source: str, revision: str | None, patterns: list[str]) -> tuple[Pat
             raise UserError(f"--revision {revision}: only a hub id has revisions; {source} is here")
         return path, None
     local = path.is_absolute() or source.startswith((".", "~")) or source.endswith("/")
-    if local or source.count("/") > 1 or path.suffix == ".safetensors":
+    if local or source.count("/") > 1 or path.suffix == ".safetensors" or is_torch_file(path):
         raise UserError(f"{source}: no such file or directory. {EXAMPLE_HINT}")
-    return _download(source, revision, patterns)
+    path, commit = _download(source, revision, patterns)
+    if patterns is _MODEL_PATTERNS and not list(path.glob("model*.safetensors")):
+        path, commit = _download(source, revision, [*patterns, *_TORCH_PATTERNS])
+    return path, commit
 
 
 def _download(hub_id: str, revision: str | None, patterns: list[str]) -> tuple[Path, str | None]:
@@ -257,7 +331,11 @@ def _download(hub_id: str, revision: str | None, patterns: list[str]) -> tuple[P
     return snapshot, snapshot.name
 
 
-def _header_sha256(path: Path) -> str:
-    with path.open("rb") as file:
+def _header_sha256(shard: TensorFile) -> str:
+    """Of a safetensors header as it lies there; of another file's names, dtypes and shapes."""
+    if isinstance(shard, TorchFile):
+        listing = [[info.name, str(info.dtype), info.shape] for info in shard.tensors.values()]
+        return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+    with shard.path.open("rb") as file:
         length = file.read(8)
         return hashlib.sha256(length + file.read(int.from_bytes(length, "little"))).hexdigest()

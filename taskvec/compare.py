@@ -105,13 +105,14 @@ class Comparison:
     Attributes:
         sums: the metrics' raw material.
         certificate: recipes and bounds.
-        rank, scaling: of the update.
+        update_kind, rank, scaling: of the update; None where it has no such thing.
     """
 
     sums: PairSums
     certificate: ParameterCertificate
-    rank: int
-    scaling: float
+    rank: int | None
+    scaling: float | None
+    update_kind: str = "LoRA"
 
 
 @dataclass
@@ -207,7 +208,7 @@ def compare_parameter(
     kind = UNEXPLAINED if certificate.violations else LORA
     if kind == UNEXPLAINED and not magnitude.nonzero:
         kind = UNCHANGED
-    comparison = Comparison(sums, certificate, update.rank, update.scaling)
+    comparison = Comparison(sums, certificate, update.rank, update.scaling, update.kind)
     return ParameterResult(name, info.shape, kind, magnitude, comparison=comparison)
 
 

@@ -12,18 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from taskvec.checkpoint import read_json_object
+from taskvec.checkpoint import named_adapters, read_json_object
 from taskvec.cli import UserError
 
 CONFIG_FILE = "adapter_config.json"
 
-# Configuration keys that change what B @ A means, and what to do about them.
+# Configuration keys that make something else of B @ A, and why they are refused.
 _REFUSED_FLAGS = {
-    "use_dora": "DoRA adapters are not supported yet",
-    "lora_bias": "lora_bias is not supported yet",
-    "modules_to_save": "modules_to_save is not supported yet",
-    "trainable_token_indices": "trainable tokens are not supported yet",
-    "target_parameters": "target_parameters is not supported yet",
     "layer_replication": "layer_replication changes the architecture",
     "alora_invocation_tokens": "aLoRA is active for some tokens only, so it has no static delta",
     "use_qalora": "QA-LoRA pools the inputs, so its delta has another shape",
@@ -31,15 +26,40 @@ _REFUSED_FLAGS = {
     "arrow_config": "Arrow routes between adapters, so it has no static delta",
     "velora_config": "VeLoRA is not supported",
     "monteclora_config": "MonteCLoRA is not supported",
-    "kasa_config": "KaSA is not supported",
+    "kasa_config": "KaSA takes singular values off the base, so the plain base is wrong",
+}
+_MERGE_IN_PEFT = (
+    "merge it with PEFT's merge_and_unload(), and look at the result with extract_task_vectors.py"
+)
+_KEEP_BESIDE = "keep it beside the base"
+# Kinds of adapters that are no LoRA: why, and what to do.
+_NO_WEIGHTS = ("it adds inputs and changes no weight", _KEEP_BESIDE)
+_OTHER_KINDS = {
+    "XLORA": ("it mixes adapters anew for every token, so it has no static delta", _KEEP_BESIDE),
+    "POLY": ("it routes between adapters, so it has no static delta", _KEEP_BESIDE),
+    **dict.fromkeys(
+        (
+            "PROMPT_TUNING",
+            "MULTITASK_PROMPT_TUNING",
+            "P_TUNING",
+            "PREFIX_TUNING",
+            "ADAPTION_PROMPT",
+            "CPT",
+            "CARTRIDGE",
+        ),
+        _NO_WEIGHTS,
+    ),
 }
 # These start from chosen factors but leave the base as it is.
 _PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
+# What PEFT saves beside an adapter although nothing in the configuration names it
+# (peft.utils.other.EMBEDDING_LAYER_NAMES).
+_EMBEDDINGS = ("embed_tokens", "lm_head")
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """adapter_config.json of a plain LoRA adapter.
+    """adapter_config.json of a LoRA adapter.
 
     Attributes:
         file: where it lies.
@@ -52,6 +72,60 @@ class LoraConfig:
     @property
     def fan_in_fan_out(self) -> bool:
         return bool(self.values.get("fan_in_fan_out"))
+
+    @property
+    def rounds_delta(self) -> bool:
+        """PEFT rounds MiCA's delta to the base's format before it adds it."""
+        return self.values.get("init_lora_weights") == "mica"
+
+    def parameters_of(self, module: str) -> list[str]:
+        """Parameters of a module that target_parameters names, as PEFT matches them."""
+        found = []
+        for target in self._names("target_parameters"):
+            parameter = f"{module}.{target.rpartition('.')[2]}"
+            if parameter == target or parameter.endswith(f".{target}"):
+                found.append(parameter)
+        return list(dict.fromkeys(found))
+
+    def tokens(self, module: str) -> tuple[int, ...]:
+        """The trainable tokens of a module's rows.
+
+        Raises:
+            UserError: trainable_token_indices does not say, or not by different numbers.
+        """
+        tokens = self.values.get("trainable_token_indices")
+        if isinstance(tokens, dict):
+            names = [name for name in tokens if module.endswith(name)]
+            tokens = tokens[max(names, key=len)] if names else None
+        plain = isinstance(tokens, list) and all(
+            type(token) is int and 0 <= token < 2**62 for token in tokens
+        )
+        if not plain or not tokens or len(set(tokens)) < len(tokens):
+            raise UserError(
+                f"{self.file}: trainable_token_indices does not give the tokens of {module} as "
+                "different whole numbers"
+            )
+        return tuple(tokens)
+
+    def explains(self, parameter: str) -> bool:
+        """Whether the configuration says that a whole tensor was trained, or PEFT saves it anyway.
+
+        Args:
+            parameter: as the adapter names it.
+        """
+        if parameter.endswith(".bias") and self.values.get("bias", "none") != "none":
+            return True
+        module = parameter.rpartition(".")[0]
+        if module.rpartition(".")[2] in _EMBEDDINGS:
+            return True
+        parts = f".{module}."
+        return any(f".{name}." in parts for name in self._names("modules_to_save"))
+
+    def _names(self, key: str) -> list[str]:
+        names = self.values.get(key) or []
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise UserError(f"{self.file}: {key} is {names!r}, not a list of names")
+        return names
 
     def scaling(self, module: str) -> tuple[int, float]:
         """Rank and scaling of a module, with rank_pattern and alpha_pattern as PEFT matches them.
@@ -91,12 +165,16 @@ def load_config(path: Path) -> LoraConfig:
     """
     file = path / CONFIG_FILE
     if not file.is_file():
-        raise UserError(f"{path}: holds no {CONFIG_FILE}, so its scaling is unknown")
+        named = ", ".join(named_adapters(path))
+        raise UserError(
+            f"{path}: holds no {CONFIG_FILE}, so its scaling is unknown"
+            + (f"; there are adapters by name: --adapter_name {named}" if named else "")
+        )
     return LoraConfig(file, read_json_object(file))
 
 
 def read_config(path: Path) -> LoraConfig:
-    """adapter_config.json of a plain LoRA adapter; anything else is refused by name.
+    """adapter_config.json of a LoRA adapter; anything else is refused by name.
 
     Raises:
         UserError: missing, not JSON, or a kind of adapter that is not understood.
@@ -108,15 +186,19 @@ def read_config(path: Path) -> LoraConfig:
 
 
 def refusals(config: LoraConfig) -> Iterator[str]:
-    """Every reason why a configuration is not that of a plain LoRA adapter."""
+    """Every reason why a configuration is not that of a LoRA adapter that can be merged."""
     values = config.values
-    if values.get("peft_type") != "LORA":
-        yield f"peft_type is {values.get('peft_type')!r}; only LORA is supported"
+    kind = values.get("peft_type")
+    if kind != "LORA":
+        why, todo = "only LORA is supported", _MERGE_IN_PEFT
+        if isinstance(kind, str) and kind in _OTHER_KINDS:
+            why, todo = _OTHER_KINDS[kind]
+        yield f"peft_type is {kind!r}: {why}; {todo}"
     for key, reason in _REFUSED_FLAGS.items():
         if values.get(key):
             yield f"{key} is set: {reason}"
-    if values.get("bias", "none") != "none":
-        yield f"bias is {values['bias']!r}: trained biases are not supported yet"
+    if values.get("bias", "none") not in ("none", "all", "lora_only"):
+        yield f"bias is {values['bias']!r}, not none, all or lora_only"
     initialisation = values.get("init_lora_weights", True)
     if initialisation not in _PLAIN_INITIALISATIONS:
         yield (

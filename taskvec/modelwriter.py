@@ -6,6 +6,7 @@ Bytes that stay the same are copied inside the kernel; only what changes passes 
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import math
 import re
@@ -19,9 +20,11 @@ import torch
 
 from taskvec.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
 from taskvec.cli import UserError
+from taskvec.conversions import stays_in_fp32
 from taskvec.output import write_json
-from taskvec.rounding import FP16, Format
+from taskvec.rounding import FP16, FP32, Format
 from taskvec.tensorfile import TensorFileWriter, TensorInfo, row_blocks
+from taskvec.ties import untied
 from taskvec.workers import for_each
 
 if TYPE_CHECKING:
@@ -61,6 +64,14 @@ class Shard:
         return sum(dtype.itemsize * torch.Size(shape).numel() for _, dtype, shape in self.tensors)
 
 
+def stored_format(base: Checkpoint, name: str, format: Format) -> Format:
+    """What a float parameter is stored in when the model is stored in ``format``.
+
+    That is fp32 for what transformers keeps in fp32 whatever dtype is asked for (T5's ``wo``).
+    """
+    return FP32 if stays_in_fp32(base.config(), name, format.dtype) else format
+
+
 def write_model(
     base: Checkpoint,
     directory: Path,
@@ -75,7 +86,7 @@ def write_model(
     Args:
         base: the model to start from.
         directory: an empty directory.
-        format: what every float tensor is stored in; other tensors keep their dtype.
+        format: what float tensors are stored in (`stored_format`); others keep their dtype.
         edit: for a parameter's name, how to make its rows; None where it stays as it is.
         max_shard_size: e.g. "5GB"; the base's own shards if None.
         bar: advanced by the bytes of the base.
@@ -86,7 +97,8 @@ def write_model(
     Raises:
         UserError: a value that is finite in the base or in the sum overflows the format.
     """
-    shards = _plan_shards(base, format, max_shard_size)
+    formats = {name: stored_format(base, name, format) for name in base.tensors}
+    shards = _plan_shards(base, formats, max_shard_size)
     with contextlib.ExitStack() as stack:
         files = {
             name: writer
@@ -96,7 +108,7 @@ def write_model(
         }
         for_each(
             lambda name: _write_tensor(
-                base, base.tensors[name], files[name], format, edit(name), bar
+                base, base.tensors[name], files[name], formats[name], edit(name), bar
             ),
             files,
         )
@@ -147,9 +159,11 @@ def _refuse_overflow(
     raise UserError(f"{info.path}: {info.name}: holds NaN or infinity")
 
 
-def _plan_shards(base: Checkpoint, format: Format, max_shard_size: str | None) -> list[Shard]:
+def _plan_shards(
+    base: Checkpoint, formats: dict[str, Format], max_shard_size: str | None
+) -> list[Shard]:
     specs = {
-        name: (name, format.dtype if info.is_float else info.dtype, info.shape)
+        name: (name, formats[name].dtype if info.is_float else info.dtype, info.shape)
         for name, info in base.tensors.items()
     }
     if max_shard_size is not None:
@@ -157,9 +171,16 @@ def _plan_shards(base: Checkpoint, format: Format, max_shard_size: str | None) -
     if len(base.shards) == 1:
         return [Shard(SINGLE_FILE, list(specs.values()))]
     return [
-        Shard(path.name, [specs[name] for name in file.tensors])
-        for path, file in base.shards.items()
+        Shard(_shard_name(path), [specs[name] for name in specs if base.tensors[name].path == path])
+        for path in base.shards
     ]
+
+
+def _shard_name(path: Path) -> str:
+    """The base's own, as a safetensors file's: pytorch_model-00001-of-00002.bin has model-..."""
+    if path.suffix == ".safetensors":
+        return path.name
+    return f"{path.stem.removeprefix('pytorch_')}.safetensors"
 
 
 def _split(specs: list[tuple[str, torch.dtype, tuple[int, ...]]], limit: int) -> list[Shard]:
@@ -199,8 +220,10 @@ def _copy_side_files(base: Checkpoint, directory: Path, format: Format) -> None:
     """config.json with the new dtype, and the tokenizer and generation files as they are."""
     if base.directory is None:
         return
-    if config := base.config():
+    if config := copy.deepcopy(base.config()):
         _set_dtype(config, str(format.dtype).removeprefix("torch."))
+        if untied(base):
+            config["tie_word_embeddings"] = False
         text = json.dumps(config, indent=2, ensure_ascii=False)
         (directory / "config.json").write_text(text + "\n", encoding="utf-8")
     for pattern in _SIDE_FILES:

@@ -1,21 +1,51 @@
-"""What a module is called in memory, and what its parameter is called in the base's file."""
+"""What a tensor is called in a base's file, in memory, in an adapter and in another model's file.
+
+Two models are compared under the base's names (`aligned`), and an adapter's parameters are found in
+the base whatever it was trained with (`renaming`). What differs is a leading part (a base saved
+from its backbone lacks that of its head), names that transformers changes while it loads a model
+(taskvec/conversions.py), and buffers that one of the files leaves out.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import dataclasses
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from taskvec.checkpoint import Checkpoint
+from taskvec.cli import UserError, notice
+from taskvec.conversions import Conversion, Key, conversion_of
+from taskvec.tensorfile import TensorInfo
+from taskvec.ties import tied_to, untie
+
+Rule = tuple[str, str]
+
+# Causal masks, positions and frequencies, which a model computes when it is made. Older versions of
+# transformers saved them, newer ones do not.
+_BUFFER = re.compile(
+    r"(^|\.)(attn|attention)\.(masked_)?bias$|(^|\.)(inv_freq|position_ids|token_type_ids)$"
+)
 
 
 def renaming(modules: list[str], base: Checkpoint) -> Callable[[str], str]:
-    """The naming rule that fits every module, as a function; the plain one if none does."""
-    for strip, add in naming_rules(modules, base):
-        if all(f"{add}{module.removeprefix(strip)}.weight" in base.tensors for module in modules):
-            return lambda name: add + name.removeprefix(strip)
+    """From a parameter's name in an adapter to its name in the base; one rule fits every module.
+
+    A tied head that the base's file leaves out is the embedding, which is what PEFT adds to. A name
+    that no rule finds in the base comes back unchanged.
+    """
+    files = by_key(base)
+    conversion = conversion_of(base.config())
+
+    def find(name: str, rule: Rule) -> str | None:
+        return files.get(_renamed(conversion.key(name), rule)) or tied_to(base, name)
+
+    for rule in naming_rules(modules, base):
+        if all(find(f"{module}.weight", rule) for module in modules):
+            return lambda name: find(name, rule) or name
     return lambda name: name
 
 
-def naming_rules(modules: Iterable[str], base: Checkpoint) -> list[tuple[str, str]]:
+def naming_rules(modules: Iterable[str], base: Checkpoint) -> list[Rule]:
     """From names in memory to names in the file: leading part to take off, and to put on.
 
     A base saved from its backbone names ``h.0.attn`` what an adapter trained with a head calls
@@ -25,3 +55,142 @@ def naming_rules(modules: Iterable[str], base: Checkpoint) -> list[tuple[str, st
     strips = heads if len(heads) == 1 else set()
     adds = sorted({name.split(".", 1)[0] + "." for name in base.tensors})
     return [("", ""), *((head, "") for head in strips), *(("", head) for head in adds)]
+
+
+def by_key(model: Checkpoint, conversion: Conversion | None = None) -> dict[Key, str]:
+    """The names of a checkpoint's tensors, by what they are called in memory."""
+    conversion = conversion or conversion_of(model.config())
+    return {conversion.key(name): name for name in model.tensors}
+
+
+def _renamed(key: Key, rule: Rule) -> Key:
+    strip, add = rule
+    return key._replace(name=add + key.name.removeprefix(strip))
+
+
+def aligned(base: Checkpoint, other: Checkpoint, *, partly: bool = False) -> Checkpoint:
+    """Another model of the base's architecture, under the base's names.
+
+    Its tensors are those of the base in the base's order, except for buffers that it leaves out. A
+    head that is tied in the base and has weights of its own in the other model becomes a parameter
+    of the base. What is left out is said on stderr.
+
+    Args:
+        partly: the other one may leave out any tensor, as a task vector file does.
+
+    Raises:
+        UserError: names the first tensor that one of the two has not got or has in another shape,
+            or that is a float in one of them only; or one of them is quantised.
+    """
+    for model in (base, other):
+        model.refuse_quantised()
+    conversion = conversion_of(base.config() or other.config())
+    others = _under_base_keys(by_key(base, conversion), by_key(other, conversion))
+    _untie_heads(base, others)
+    found: dict[str, TensorInfo] = {}
+    for key, name in by_key(base, conversion).items():
+        info = _counterpart(base, other, conversion, key, others)
+        if info is not None:
+            _check_alike(base, other, base.tensors[name], info)
+            found[name] = info
+        elif not partly and not _BUFFER.search(name):
+            raise UserError(f"{other.source}: has no {name}, which {base.source} has")
+    _check_extra(base, other, {info.name for info in found.values()})
+    if not partly:
+        _say_absent(other, [name for name in base.tensors if name not in found])
+    tensors = {
+        name: dataclasses.replace(found[name], name=name) for name in base.tensors if name in found
+    }
+    return dataclasses.replace(other, tensors=tensors)
+
+
+def _untie_heads(base: Checkpoint, others: Mapping[Key, str]) -> None:
+    known = {key.name for key in by_key(base)}
+    for key in others:
+        if key.name not in known and untie(base, key.name):
+            notice(f"{base.source}: {key.name} is tied here, and has weights of its own there.")
+
+
+def _under_base_keys(wanted: Mapping[Key, str], others: Mapping[Key, str]) -> dict[Key, str]:
+    """The other model's names by key, under the leading part that fits most of the base's."""
+    names = {key.name for key in wanted}
+    rules = [
+        ("", ""),
+        *((strip, "") for strip in _leading(key.name for key in others)),
+        *(("", add) for add in _leading(names)),
+    ]
+    rule = max(rules, key=lambda rule: sum(_renamed(key, rule).name in names for key in others))
+    return {key if key.name in names else _renamed(key, rule): others[key] for key in others}
+
+
+def _leading(names: Iterable[str]) -> list[str]:
+    return sorted({name.split(".", 1)[0] + "." for name in names if "." in name})
+
+
+def _counterpart(
+    base: Checkpoint,
+    other: Checkpoint,
+    conversion: Conversion,
+    key: Key,
+    others: Mapping[Key, str],
+) -> TensorInfo | None:
+    """Where the other model keeps a tensor of the base; None where it does not."""
+    if key in others:
+        return other.tensors[others[key]]
+    fused = others.get(Key(key.name))
+    if fused is not None and key.expert is not None:
+        return _piece(other.tensors[fused], key, conversion.parts(key.name))
+    if any(found.name == key.name for found in others):
+        raise UserError(
+            f"{other.source}: holds {key.name} one by one, {base.source} fused; load one of them "
+            "in transformers and save it like the other (save_pretrained's save_original_format)"
+        )
+    return None
+
+
+def _piece(fused: TensorInfo, key: Key, parts: int) -> TensorInfo:
+    """An expert's part of a fused tensor (experts, parts x rows, columns), as a tensor (rows, ...).
+
+    Raises:
+        UserError: there is no such expert or part.
+    """
+    experts, rows = (*fused.shape, 0, 0)[:2]
+    expert = key.expert or 0
+    if len(fused.shape) != 3 or expert >= experts or rows % parts:
+        raise UserError(
+            f"{fused.path}: {fused.name}: {fused.shape} holds no expert {expert} of {parts} parts"
+        )
+    nbytes = fused.nbytes // (experts * parts)
+    shape = (rows // parts, *fused.shape[2:])
+    offset = fused.offset + (expert * parts + key.part) * nbytes
+    return dataclasses.replace(fused, shape=shape, offset=offset, nbytes=nbytes)
+
+
+def _check_alike(
+    base: Checkpoint, other: Checkpoint, wanted: TensorInfo, found: TensorInfo
+) -> None:
+    name = wanted.name
+    if found.shape != wanted.shape:
+        raise UserError(
+            f"{name}: {found.shape} in {other.source}, but {wanted.shape} in {base.source}"
+        )
+    if found.is_float != wanted.is_float:
+        raise UserError(
+            f"{name}: {found.dtype} in {other.source}, but {wanted.dtype} in {base.source}; only "
+            "float tensors can be subtracted"
+        )
+
+
+def _check_extra(base: Checkpoint, other: Checkpoint, used: Collection[str]) -> None:
+    """What the other model has and the base has not can only be a buffer."""
+    extra = [name for name in other.tensors if name not in used]
+    for name in extra:
+        if not _BUFFER.search(name):
+            raise UserError(f"{base.source}: has no {name}, which {other.source} has")
+    _say_absent(base, extra)
+
+
+def _say_absent(model: Checkpoint, buffers: list[str]) -> None:
+    if buffers:
+        more = f" and {len(buffers) - 1} more" if len(buffers) > 1 else ""
+        notice(f"{model.source}: leaves out the buffer {buffers[0]}{more}, which is not trained.")

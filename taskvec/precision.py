@@ -22,13 +22,12 @@ from taskvec.adapter import Adapter
 from taskvec.checkpoint import Checkpoint
 from taskvec.cli import UserError
 from taskvec.compare import BLOCK_ELEMENTS, Magnitude, PairSums
+from taskvec.modelwriter import stored_format
 from taskvec.rounding import (
     FORMATS,
     FP32,
     Format,
     Recipe,
-    merge_rows,
-    recipe_delta,
     subtract_rows,
 )
 from taskvec.subject import stored_blocks
@@ -163,14 +162,14 @@ def _measure_merged(
         rows = base.read(info.name, start, stop).to(device)
         exact = update.exact(start, stop) if update else None
         trained = trained or (exact is not None and bool(exact.any()))
-        for format, pair in impacts.items():
+        for column, pair in impacts.items():
+            format = stored_format(base, info.name, column)
             rounded = rows.to(format.dtype)
             merged = rounded
             if update is not None:
-                delta = recipe_delta(recipe, update, start, stop, format)
-                merged = merge_rows(recipe, rows, delta, format)
+                merged = update.merged(recipe, rows, start, stop, format)
             for impact, magnitude, subtracted in zip(
-                pair, magnitudes[format], (rows, rounded), strict=True
+                pair, magnitudes[column], (rows, rounded), strict=True
             ):
                 vector = subtract_rows(merged, subtracted)
                 if bool(vector.any()):
@@ -275,7 +274,7 @@ def _blocks(
     if _holds(vector, info.name):
         return stored_blocks(vector, vector.file.tensors[info.name], device)
     return (
-        (start, torch.zeros(stop - start, *info.shape[1:], device=device))
+        (start, torch.zeros(stop - start, *info.row_shape, device=device))
         for start, stop in row_blocks(info, BLOCK_ELEMENTS)
     )
 

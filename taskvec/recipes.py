@@ -8,23 +8,13 @@ are evidence: of another computer's matmul, or of a changed element.
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from taskvec.rounding import (
-    FP32,
-    RECIPES,
-    Format,
-    Recipe,
-    is_power_of_two,
-    loses,
-    merge_rows,
-    merged_interval,
-    recipe_delta,
-    subtract_rows,
-)
+from taskvec.rounding import RECIPES, Format, Recipe, subtract_rows
 from taskvec.update import Update
 
 if TYPE_CHECKING:
@@ -78,7 +68,7 @@ class RecipeSearch:
         self, update: Update, format: Format, stored: torch.dtype, *, elements: int
     ) -> None:
         self.update, self.format, self.elements = update, format, elements
-        self.tallies = _distinct_recipes(format, stored, update.scaling)
+        self.tallies = _distinct_recipes(update, format, stored)
         self._order_changes = self._format_changes = self._sampled = 0
 
     @property
@@ -106,7 +96,7 @@ class RecipeSearch:
         """Elements that stand out: a recipe gives nearly all others bit for bit, but not these.
 
         Another computer sums in another order, or rounds D on the way where this one does not: that
-        explains an element if it lies in the `merged_interval`, and if it is not alone where many
+        explains an element if it lies in its `Update.interval`, and if it is not alone where many
         would have changed.
         """
         best = self.best
@@ -122,15 +112,17 @@ class RecipeSearch:
 
         Args:
             block: the rows.
-            delta: the same rows of s * B @ A in float64.
+            delta: the same rows of the update in float64.
             sampled: measure on this block what other arithmetic would change.
         """
         found = block.task_vector if block.merged is None else block.merged.float()
         live = [tally for tally in self.tallies if not tally.abandoned]
         missed = []
         for tally in live:
-            D = recipe_delta(tally.recipe, self.update, block.start, block.stop, self.format)
-            predicted = _as_found(merge_rows(tally.recipe, block.base, D, self.format), block)
+            merged = self.update.merged(
+                tally.recipe, block.base, block.start, block.stop, self.format
+            )
+            predicted = _as_found(merged, block)
             if sampled and tally is live[0]:
                 self._measure_effects(tally.recipe, block, delta, predicted)
             if float(differing(predicted, found).sum()):
@@ -154,12 +146,11 @@ class RecipeSearch:
         where: torch.Tensor,
         rounded_anywhere: bool,
     ) -> int:
-        """How many of the chosen elements are out of their `merged_interval`."""
+        """How many of the chosen elements are out of their `Update.interval`."""
         low, high = (
             _as_found(end, block, where)
-            for end in merged_interval(
+            for end in self.update.interval(
                 recipe,
-                self.update,
                 block.start,
                 block.stop,
                 base=block.base,
@@ -174,20 +165,15 @@ class RecipeSearch:
     def _measure_effects(
         self, recipe: Recipe, block: Block, delta: torch.Tensor, predicted: torch.Tensor
     ) -> None:
-        if recipe.round_factors:
-            rounded = self.update.rounded_factors(self.format.dtype)
-            delta = rounded.exact(block.start, block.stop)
-
-        def changed(D: torch.Tensor) -> int:
-            other = _as_found(merge_rows(recipe, block.base, D, self.format), block)
-            return int(differing(other, predicted).bool().count_nonzero())
-
-        exact = delta.float()
-        narrowed = self.format.round(exact)
-        in_order, in_format = (narrowed, exact) if recipe.round_delta else (exact, narrowed)
-        self._order_changes += changed(in_order)
-        self._format_changes += changed(in_format)
-        self._sampled += delta.numel()
+        in_order, in_format = (
+            _as_found(merged, block)
+            for merged in self.update.variations(
+                recipe, block.base, block.start, block.stop, self.format, delta
+            )
+        )
+        self._order_changes += int(differing(in_order, predicted).count_nonzero())
+        self._format_changes += int(differing(in_format, predicted).count_nonzero())
+        self._sampled += predicted.numel()
 
 
 def differing(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
@@ -204,18 +190,11 @@ def _as_found(
     return subtract_rows(merged, block.subtracted if where is None else block.subtracted[where])
 
 
-def _distinct_recipes(format: Format, stored: torch.dtype, scaling: float) -> list[RecipeTally]:
-    """The recipes, grouped by what they really compute for this format, base and scaling."""
-    narrow = format is not FP32
-    groups: dict[tuple[bool, ...], list[Recipe]] = {}
+def _distinct_recipes(update: Update, format: Format, stored: torch.dtype) -> list[RecipeTally]:
+    """The recipes, grouped by what they really compute for this update, format and base."""
+    groups: dict[Hashable, list[Recipe]] = {}
     for recipe in RECIPES:
-        key = (
-            recipe.round_base and loses(stored, format),
-            recipe.round_factors and narrow,
-            recipe.round_delta and narrow,
-            recipe.prescaled and not is_power_of_two(scaling),
-        )
-        groups.setdefault(key, []).append(recipe)
+        groups.setdefault(update.recipe_key(recipe, format, stored), []).append(recipe)
     return [
         RecipeTally(group[0], tuple(recipe.name for recipe in group)) for group in groups.values()
     ]

@@ -131,6 +131,7 @@ def _parameter(result: ParameterResult, tolerance: float) -> dict[str, Any]:
     entry: dict[str, Any] = {
         "shape": list(result.shape),
         "elements": result.elements,
+        "stack": where.stack,
         "layer": where.layer,
         "block": where.block,
         "module": where.module,
@@ -151,6 +152,7 @@ def _lora(result: ParameterResult, comparison: Comparison, tolerance: float) -> 
     sums, certificate = comparison.sums, comparison.certificate
     error = result.relative_error
     return {
+        "kind": comparison.update_kind,
         "rank": comparison.rank,
         "scaling": comparison.scaling,
         "delta_norm": math.sqrt(sums.delta_squared),

@@ -2,17 +2,21 @@
 
 Pure functions of tensors. The notation is that of LORA_VS_TASK_VECTOR_ANALYSIS.md: W the base's
 weight, D the delta as computed in fp32, M the merged weight as stored in the format p, R rounding
-to p (nearest, ties to even), T = fl32(M - W) the task vector and delta the exact s * B @ A.
+to p (nearest, ties to even), T = fl32(M - W) the task vector and delta the exact change, of LoRA
+s * B @ A. What is particular to one kind of adapter is in `taskvec.updates`.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
-from taskvec.update import Update
+if TYPE_CHECKING:
+    from taskvec.update import Update
+    from taskvec.updates.products import Product
 
 U32 = 2.0**-24
 # Covers, by halves: the roundings of evaluating a bound (a dozen in fp32, all its terms being
@@ -76,6 +80,11 @@ class Recipe:
     prescaled: bool
     maker: str
 
+    @property
+    def in_format(self) -> bool:
+        """Everything is in the format, as in PEFT without autocast: so are products of some kinds."""
+        return self.round_base and self.round_factors and self.round_delta
+
 
 ONCE = Recipe("once", False, False, False, False, "merge_lora.py --rounding once, axolotl")
 PEFT = Recipe("peft", True, False, False, False, "PEFT merge_and_unload()")
@@ -91,7 +100,7 @@ ROUNDINGS = {recipe.name: recipe for recipe in (ONCE, PEFT)}
 
 
 def recipe_delta(
-    recipe: Recipe, update: Update, start: int, stop: int, format: Format
+    recipe: Recipe, update: Product, start: int, stop: int, format: Format
 ) -> torch.Tensor:
     """The rows of D that a recipe adds: (stop - start, columns) fp32."""
     if recipe.round_factors:
@@ -163,6 +172,9 @@ class Family:
     round_factors: bool
 
 
+AS_COMPUTED = Family("sum rounded", False, False, False)
+
+
 def families(merged: Format, stored: torch.dtype) -> tuple[Family, ...]:
     """The families for a base of dtype ``stored`` merged into a format, the tightest first.
 
@@ -170,7 +182,7 @@ def families(merged: Format, stored: torch.dtype) -> tuple[Family, ...]:
     still a bound. What the format can hold is not rounded: a base stored in it, anything in fp32.
     """
     base = loses(stored, merged)
-    chain = [Family("sum rounded", False, False, False)]
+    chain = [AS_COMPUTED]
     if base:
         chain.append(Family("sum and base rounded", True, False, False))
     if merged is not FP32:
@@ -201,18 +213,15 @@ def bound_rows(
 
     |T - delta| <= h_p(M)                          the merged weight is stored in p
                  + u32 |M - W|                     T = fl32(M - W)
-                 + g |s| (|B| @ |A|)               D is computed in fp32 (`delta_error`)
-                 + h_q(W)                          W was rounded in the merge or for T, not in both
-                 + h_p(D)                          the delta was rounded first
-                 + |s (R(B) @ R(A) - B @ A)|       the factors were rounded first; then g is
-                                                   relative to R(B) and R(A)
-                 + |s| h_p(D / s)                  so was B @ A, before s, as a GPU does
+                 + `Update.error`                  what is added is computed in fp32
+                 + `Update.base_error`             W was rounded in the merge or for T, not in both
 
     h is the half ulp and the fp32 rounding that may come before it. All of it times 1 + 2^-19 for
-    evaluating it, and no less than 2^20 `underflow`. LORA_VS_TASK_VECTOR_ANALYSIS.md has the proof.
+    evaluating it, and no less than 2^20 `Update.underflow`. LORA_VS_TASK_VECTOR_ANALYSIS.md has the
+    proof.
 
     Args:
-        delta: rows of s * B @ A, float64.
+        delta: rows of the update in float64.
         merged, base: rows of M and of what was subtracted from it, both float64 or both fp32,
             which is also what the bound is computed in.
         base_format: what that base was rounded to before; None: as stored.
@@ -220,38 +229,63 @@ def bound_rows(
             which is more than the half ulp of M can be off by.
 
     Returns:
-        (stop - start, columns) in their dtype, positive.
+        rows in their dtype, positive.
     """
-    dtype = merged.dtype
-    bound = _rounding(merged, format)
+    bound = rounding_error(merged, format)
     bound.add_((merged - base).abs_(), alpha=8 * U32 if recovered else U32)
+    bound += update.error(family, start, stop, delta=delta, base=base, format=format)
+    of_base = update.base_error(family, base, base_format, format)
+    if of_base is not None:
+        bound += of_base
+    # Adding what underflow can do would put subnormal numbers, which are slow, into every element.
+    return bound.mul_(_EVALUATION_SLACK).clamp_min_(update.underflow() * _UNDERFLOW_FLOOR)
+
+
+def product_error(
+    family: Family,
+    update: Product,
+    start: int,
+    stop: int,
+    *,
+    delta: torch.Tensor,
+    format: Format,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """How far what is added for s * B @ A can be from it, by a recipe of the family.
+
+    g |s| (|B| @ |A|)               D is computed in fp32 (`delta_error`)
+    + h_p(D)                        the delta was rounded first
+    + |s (R(B) @ R(A) - B @ A)|     the factors were rounded first; then g is relative to R(B), R(A)
+    + |s| h_p(D / s)                so was B @ A, before s, as a GPU does
+
+    Args:
+        delta: rows of s * B @ A, float64.
+
+    Returns:
+        rows in ``dtype``.
+    """
     used = update.rounded_factors(format.dtype) if family.round_factors else update
-    computed = delta_error(used, start, stop, dtype)
+    found = delta_error(used, start, stop, dtype)
     if family.round_factors:
-        computed += (used.exact(start, stop) - delta).abs_().to(dtype)
-    bound += computed
-    if base_format is not None and base_format is not format:
-        bound += _rounding(base, base_format)
-    if family.round_base:
-        bound += _rounding(base, format)
-    if family.round_delta:
-        size = computed.add_(delta.abs().to(dtype))
+        found += (used.exact(start, stop) - delta).abs_().to(dtype)
+    # What is rounded to fp32 anyway needs no term; PEFT may round a delta in every family.
+    if family.round_delta or (update.rounds_delta and format is not FP32):
+        size = found + delta.abs().to(dtype)
         if family.round_factors and update.scaling:
             product = _rounding_before_scaling(size, update.scaling, format)
-            bound += product
+            found += product
             size += product
-        bound += _rounding(size, format)
-    # Adding what underflow can do would put subnormal numbers, which are slow, into every element.
-    return bound.mul_(_EVALUATION_SLACK).clamp_min_(underflow(update) * _UNDERFLOW_FLOOR)
+        found += rounding_error(size, format)
+    return found
 
 
 def delta_error(
-    update: Update, start: int, stop: int, dtype: torch.dtype = torch.float64
+    update: Product, start: int, stop: int, dtype: torch.dtype = torch.float64
 ) -> torch.Tensor:
     """How far D, computed in fp32 in any order of summation, can be from s * B @ A.
 
     gamma_k |s| (|B| @ |A|), k = r + 1, or r + 2 where s is not an fp32 number (Higham, Accuracy and
-    Stability of Numerical Algorithms, section 3.5). `underflow` comes on top.
+    Stability of Numerical Algorithms, section 3.5). `underflow_of_products` comes on top.
 
     Returns:
         rows (stop - start, columns) in ``dtype``, fp32 or float64.
@@ -261,15 +295,15 @@ def delta_error(
     return update.magnitude(start, stop).to(dtype).mul_(relative)
 
 
-def underflow(update: Update) -> float:
+def underflow_of_products(update: Product) -> float:
     """What all the products of one element of D can lose below fp32's smallest normal number."""
-    largest = max(1.0, abs(update.scaling), float(update.A.abs().max()))
+    largest = max(1.0, abs(update.scaling), update.largest_factor)
     return (update.rank + 3) * 2.0**-149 * largest
 
 
 def merged_interval(
     recipe: Recipe,
-    update: Update,
+    update: Product,
     start: int,
     stop: int,
     *,
@@ -296,7 +330,7 @@ def merged_interval(
         update = update.rounded_factors(format.dtype)
     narrow = format is not FP32
     base, center = base[where], update.exact(start, stop)[where]
-    reach = delta_error(update, start, stop)[where] + underflow(update)
+    reach = delta_error(update, start, stop)[where] + underflow_of_products(update)
     if narrow and rounded_anywhere:
         rounded = update.rounded_factors(format.dtype)
         reach += update.magnitude(start, stop)[where] * (4 * format.unit_roundoff)
@@ -319,7 +353,7 @@ def is_power_of_two(value: float) -> bool:
     return abs(math.frexp(value)[0]) == 0.5
 
 
-def _rounding(values: torch.Tensor, format: Format) -> torch.Tensor:
+def rounding_error(values: torch.Tensor, format: Format) -> torch.Tensor:
     """What rounding to a format can do, with an fp32 rounding before it where that is wider.
 
     The fp32 rounding is within u32 (|v| + h), and |v| < 2^(bits + 1) h, where h is the half ulp.
@@ -334,9 +368,9 @@ def _rounding_before_scaling(size: torch.Tensor, scaling: float, format: Format)
     A power of two commutes with rounding, but for numbers that are subnormal before or after it.
     """
     scale = abs(scaling)
-    product = _rounding(size / scale, format).mul_(scale)
+    product = rounding_error(size / scale, format).mul_(scale)
     if is_power_of_two(scaling):
-        product.masked_fill_(product == _rounding(size, format), 0.0)
+        product.masked_fill_(product == rounding_error(size, format), 0.0)
     return product
 
 

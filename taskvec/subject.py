@@ -16,11 +16,11 @@ import torch
 from taskvec.checkpoint import Checkpoint, open_checkpoint
 from taskvec.cli import UserError
 from taskvec.compare import BLOCK_ELEMENTS, Magnitude, read_blocks
+from taskvec.names import aligned
 from taskvec.taskvector import (
     FormedTaskVector,
     StoredTaskVector,
     TaskVector,
-    check_same_architecture,
     open_task_vector,
 )
 from taskvec.tensorfile import TensorInfo, row_blocks
@@ -131,5 +131,4 @@ def open_vector(
         if base is None:
             raise UserError("--finetuned_model needs --base_model, which is subtracted from it")
         with open_checkpoint(finetuned_model) as merged:
-            check_same_architecture(base, merged)
-            yield FormedTaskVector(finetuned_model, merged), merged.paths
+            yield FormedTaskVector(finetuned_model, aligned(base, merged)), merged.paths

@@ -17,8 +17,10 @@ import torch
 from taskvec.certificate import Block
 from taskvec.checkpoint import Checkpoint
 from taskvec.cli import UserError
+from taskvec.names import aligned
 from taskvec.rounding import BF16, FORMATS, FP16, FP32, Format, subtract_rows
 from taskvec.tensorfile import TensorFile, TensorInfo
+from taskvec.ties import set_copies_aside
 
 TASK_VECTOR_FILE = "task_vector.safetensors"
 
@@ -82,19 +84,17 @@ class StoredTaskVector:
         return name not in self.file.tensors or self.file.is_hole(self.file.tensors[name])
 
     def check_fits(self, base: Checkpoint) -> None:
-        """Refuse a task vector of another architecture.
+        """Refuse a task vector of another architecture; from here on its tensors have base's names.
 
         Raises:
             UserError: names the first tensor that the base lacks or has in another shape.
         """
-        for name, info in self.file.tensors.items():
-            if name not in base.tensors:
-                raise UserError(f"{self.file.path}: holds {name}, which {base.source} has not got")
-            if info.shape != base.tensors[name].shape:
-                raise UserError(
-                    f"{name}: {info.shape} in {self.file.path}, but {base.tensors[name].shape} in "
-                    f"{base.source}"
-                )
+        path = self.file.path
+        held = Checkpoint(
+            str(path), None, {path: self.file}, self.file.tensors, None, base.config()
+        )
+        set_copies_aside(held)
+        self.file.tensors = aligned(base, held, partly=True).tensors
 
     def block(self, base: torch.Tensor, name: str, start: int, stop: int) -> Block:
         if name in self.file.tensors:
@@ -107,7 +107,11 @@ class StoredTaskVector:
 
 @dataclass
 class FormedTaskVector:
-    """The task vector of a merged model that is at hand: nothing needs to be extracted first."""
+    """The task vector of a merged model that is at hand: nothing needs to be extracted first.
+
+    The model's tensors have the base's names (`taskvec.names.aligned`). What it leaves out, which
+    can only be a buffer, has not changed.
+    """
 
     source: str
     merged: Checkpoint
@@ -122,15 +126,19 @@ class FormedTaskVector:
         return 0
 
     def formats(self, name: str) -> tuple[Format, ...]:
+        if name not in self.merged.tensors:
+            return (FP32,)
         dtype = self.merged.tensors[name].dtype
         named = [format for format in FORMATS.values() if format.dtype == dtype]
         return tuple(named) or (FP32,)
 
     def is_zero(self, name: str) -> bool:
-        return False
+        return name not in self.merged.tensors
 
     def block(self, base: torch.Tensor, name: str, start: int, stop: int) -> Block:
-        merged = self.merged.read(name, start, stop).to(base.device)
+        merged = base
+        if name in self.merged.tensors:
+            merged = self.merged.read(name, start, stop).to(base.device)
         subtracted = _subtracted(base, self.base_format)
         rows = subtract_rows(merged, subtracted)
         return Block(start, stop, base, subtracted, rows, merged)
@@ -163,31 +171,6 @@ def precision_of(model: Checkpoint) -> str:
     dtypes = {info.dtype for info in model.tensors.values() if info.is_float}
     names = [format.name for format in FORMATS.values() if {format.dtype} == dtypes]
     return names[0] if names else "mixed"
-
-
-def check_same_architecture(base: Checkpoint, other: Checkpoint) -> None:
-    """Refuse two models that do not have the same tensors of the same shapes.
-
-    Raises:
-        UserError: names the first tensor that is missing, of another shape, with both shapes, or
-            a float in one of the two only.
-    """
-    for name, info in base.tensors.items():
-        if name not in other.tensors:
-            raise UserError(f"{other.source}: has no {name}, which {base.source} has")
-        found = other.tensors[name]
-        if found.shape != info.shape:
-            raise UserError(
-                f"{name}: {found.shape} in {other.source}, but {info.shape} in {base.source}"
-            )
-        if found.is_float != info.is_float:
-            raise UserError(
-                f"{name}: {found.dtype} in {other.source}, but {info.dtype} in {base.source}; only "
-                "float tensors can be subtracted"
-            )
-    for name in other.tensors:
-        if name not in base.tensors:
-            raise UserError(f"{base.source}: has no {name}, which {other.source} has")
 
 
 def _subtracted(base: torch.Tensor, format: Format | None) -> torch.Tensor:

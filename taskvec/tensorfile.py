@@ -45,7 +45,7 @@ _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 # Linux's own call: Python's posix_fallocate writes zeros where the file system cannot do it.
 _fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
@@ -68,12 +68,17 @@ class TensorInfo:
 
     @property
     def rows(self) -> int:
-        """Size of the first dimension; a scalar counts as one row."""
-        return self.shape[0] if self.shape else 1
+        """Size of the first dimension; of a stack of matrices, that of all their rows."""
+        return math.prod(self.shape[: len(self.shape) - len(self.row_shape)])
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """What a block of rows has after its first dimension (`row_shape`)."""
+        return row_shape(self.shape)
 
     @property
     def row_elements(self) -> int:
-        return math.prod(self.shape[1:])
+        return math.prod(self.row_shape)
 
     @property
     def is_float(self) -> bool:
@@ -110,13 +115,15 @@ class TensorFile:
         """Rows ``start`` to ``stop`` of a tensor, in its stored dtype, on the CPU.
 
         Returns:
-            a tensor (stop - start, ...) that owns its memory; a scalar keeps its shape ().
+            a tensor (stop - start, *row_shape) that owns its memory; a tensor that is read as a
+            whole, by giving no ``stop``, keeps its shape.
         """
+        whole = start == 0 and stop is None
         stop = info.rows if stop is None else stop
         row_bytes = info.nbytes // info.rows if info.rows else 0
         buffer = torch.empty((stop - start) * row_bytes, dtype=torch.uint8)
         self._read_into(_bytes_of(buffer), info.offset + start * row_bytes)
-        shape = (stop - start, *info.shape[1:]) if info.shape else ()
+        shape = info.shape if whole or not info.shape else (stop - start, *info.row_shape)
         return buffer.view(info.dtype).view(shape)
 
     def is_hole(self, info: TensorInfo) -> bool:
@@ -199,7 +206,7 @@ class TensorFileWriter:
         for name, dtype, shape in tensors:
             begin, end = end, end + math.prod(shape) * dtype.itemsize
             header[name] = {
-                "dtype": _NAMES[dtype],
+                "dtype": DTYPE_NAMES[dtype],
                 "shape": list(shape),
                 "data_offsets": [begin, end],
             }
@@ -214,7 +221,8 @@ class TensorFileWriter:
     def write(self, name: str, rows: torch.Tensor, start: int = 0) -> None:
         """Write rows of a tensor from row ``start`` on; the dtype must be the declared one."""
         info = self.tensors[name]
-        if rows.dtype != info.dtype or (info.shape and tuple(rows.shape[1:]) != info.shape[1:]):
+        fits = tuple(rows.shape) == info.shape or tuple(rows.shape[1:]) == info.row_shape
+        if rows.dtype != info.dtype or not fits:
             raise ValueError(f"{name}: {rows.dtype} {tuple(rows.shape)} does not fit {info}")
         flat = rows.detach().cpu().contiguous().view(-1).view(torch.uint8)
         offset = info.offset + start * info.row_elements * info.dtype.itemsize
@@ -241,6 +249,15 @@ class TensorFileWriter:
             self.close()
         else:
             os.close(self._fd)
+
+
+def row_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of one row: a tensor's without its first dimension.
+
+    Of a stack of matrices, such as the experts of a layer, the rows are those of its matrices, so
+    that it is read in pieces of them.
+    """
+    return shape[2:] if len(shape) == 3 else shape[1:]
 
 
 def row_blocks(info: TensorInfo, elements: int) -> Iterator[tuple[int, int]]:

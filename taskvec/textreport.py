@@ -213,7 +213,11 @@ def _architecture(parameters: dict[str, Any], summary: dict[str, Any]) -> list[s
     total: Counter[tuple[str, str]] = Counter()
     touched: Counter[tuple[str, str]] = Counter()
     elements: Counter[tuple[str, str]] = Counter()
-    layers = {entry["layer"] for entry in parameters.values()} - {None}
+    layers = {
+        (entry["stack"], entry["layer"])
+        for entry in parameters.values()
+        if entry["layer"] is not None
+    }
     for entry in parameters.values():
         key = (entry["block"], entry["module"])
         total[key] += 1

@@ -1,99 +1,151 @@
-"""What an adapter does to one parameter.
+"""What an adapter does to one parameter: the questions that the rest of the project asks of it.
 
-An `Update` answers with the delta of some rows in fp32, in the very bits that PEFT computes, with
-the same delta in float64, and with the magnitude that bounds the distance between the two
-(formulas: Hu et al., arXiv 2106.09685, section 4.1; scaling of rsLoRA: Kalajdzievski, arXiv
-2312.03732).
+Each kind of adapter is one class in `taskvec.updates`. Notation as in `taskvec.rounding`: W the
+base's weight, delta the exact change, M the merged weight in the format p, R rounding to p.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Hashable
 
 import torch
 
-# A product of few rows takes another path through the BLAS than the whole matrix does, and has
-# other last bits: with MKL below 2 rows on Intel's processors, below 4 on AMD's; where it has fewer
-# than 12 columns, so can any rows. More than twice that is computed, or the whole.
-_FEWEST_ROWS, _FEWEST_COLUMNS = 16, 32
+from taskvec.rounding import Family, Format, Recipe, rounding_error
 
 
-@dataclass(frozen=True)
-class Update:
-    """A low-rank update of one parameter, with its factors in memory.
+class Update(ABC):
+    """What an adapter does to one parameter.
+
+    Rows are counted as `taskvec.tensorfile` counts them, and come in the shape of the base's rows:
+    (stop - start, *row_shape).
 
     Attributes:
         parameter: the parameter's name in the base.
-        A: (r, in) fp32.
-        B: (out, r) fp32.
-        scaling: s, a Python float as PEFT keeps it.
-        transposed: the parameter is stored (in, out), as GPT-2's Conv1D does.
+        kind: what is done to it, in a word or two.
+        scaling: what a product of factors is multiplied with; None where there is none.
     """
 
     parameter: str
-    A: torch.Tensor
-    B: torch.Tensor
-    scaling: float
-    transposed: bool = False
+    kind: str
+    scaling: float | None
 
     @property
-    def rank(self) -> int:
-        return self.A.shape[0]
-
-    @property
-    def shape(self) -> tuple[int, int]:
+    @abstractmethod
+    def shape(self) -> tuple[int, ...]:
         """The parameter's stored shape."""
-        out, into = self.B.shape[0], self.A.shape[1]
-        return (into, out) if self.transposed else (out, into)
 
-    def delta(self, start: int, stop: int, *, prescaled: bool = False) -> torch.Tensor:
-        """Rows of fl32(fl32(B @ A) * s), fp32: the bits of PEFT's get_delta_weight.
+    @property
+    def rank(self) -> int | None:
+        """Rank of what is added to a matrix; None where that is not low."""
+        return None
+
+    @abstractmethod
+    def exact(self, start: int, stop: int) -> torch.Tensor:
+        """Rows of delta in float64."""
+
+    def delta(self, start: int, stop: int) -> torch.Tensor:
+        """Rows of delta in fp32: PEFT's bits where PEFT computes a delta, else `exact` rounded."""
+        return self.exact(start, stop).float()
+
+    @abstractmethod
+    def merged(
+        self, recipe: Recipe, base: torch.Tensor, start: int, stop: int, format: Format
+    ) -> torch.Tensor:
+        """Rows of M as a recipe computes them, bit for bit.
 
         Args:
-            start, stop: rows of the parameter as stored.
-            prescaled: fold s into B before the product instead.
+            base: the same rows of W in their stored dtype.
 
         Returns:
-            (stop - start, columns) fp32.
+            rows in the format's dtype.
         """
-        low, high = _widened(start, stop, *self.shape)
-        B, A = self._rows(low, high)
-        product = self._stored((B * self.scaling) @ A if prescaled else B @ A)
-        rows = product[start - low : stop - low]
-        return rows if prescaled else rows * self.scaling
 
-    def exact(self, start: int, stop: int) -> torch.Tensor:
-        """Rows of s * B @ A computed in float64: exact to 2^-29 of what fp32 could lose."""
-        B, A = self._rows(start, stop)
-        return self._stored((B.double() * self.scaling) @ A.double())
+    @abstractmethod
+    def recipe_key(self, recipe: Recipe, format: Format, stored: torch.dtype) -> Hashable:
+        """What a recipe really does to this parameter: recipes with equal keys give equal bits."""
 
-    def magnitude(self, start: int, stop: int) -> torch.Tensor:
-        """Rows of |s| * (|B| @ |A|) in float64, to which matmul errors are relative."""
-        B, A = self._rows(start, stop)
-        return self._stored((B.double().abs() * abs(self.scaling)) @ A.double().abs())
+    @abstractmethod
+    def variations(
+        self,
+        recipe: Recipe,
+        base: torch.Tensor,
+        start: int,
+        stop: int,
+        format: Format,
+        exact: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """M by a recipe on another computer, to see how many elements that would change.
 
-    def magnitude_sums(self, start: int, stop: int) -> torch.Tensor:
-        """|s| * (sum_k |B_ik| + sum_k |A_kj|) for the same rows, float64."""
-        B, A = (factor.double().abs() for factor in self._rows(start, stop))
-        return self._stored((B.sum(1, keepdim=True) + A.sum(0, keepdim=True)) * abs(self.scaling))
+        Args:
+            base: rows of W as stored.
+            exact: the same rows of `exact`.
 
-    def rounded_factors(self, dtype: torch.dtype) -> Update:
-        """The update of an adapter whose factors were stored in ``dtype`` on the way."""
-        A, B = (factor.to(dtype).float() for factor in (self.A, self.B))
-        return Update(self.parameter, A, B, self.scaling, self.transposed)
+        Returns:
+            rows of M with products summed in float64; and with the delta rounded to the format
+            where the recipe does not round it, or not rounded where it does.
+        """
 
-    def _rows(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.transposed:
-            return self.B, self.A[:, start:stop]
-        return self.B[start:stop], self.A
+    @abstractmethod
+    def interval(
+        self,
+        recipe: Recipe,
+        start: int,
+        stop: int,
+        *,
+        base: torch.Tensor,
+        format: Format,
+        where: torch.Tensor,
+        rounded_anywhere: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Between which values M must lie if it came about by a recipe, on whatever computer.
 
-    def _stored(self, product: torch.Tensor) -> torch.Tensor:
-        return product.T if self.transposed else product
+        Args:
+            base: rows of W as stored.
+            where: bool, like the rows: which elements to look at.
+            rounded_anywhere: allow that what is added was rounded to the format on its way.
 
+        Returns:
+            in the format's dtype, as many elements as ``where`` selects.
+        """
 
-def _widened(start: int, stop: int, rows: int, columns: int) -> tuple[int, int]:
-    """The rows to compute so that ``start`` to ``stop`` come out as in the whole product."""
-    if columns < _FEWEST_COLUMNS:
-        return 0, rows
-    high = min(rows, max(stop, start + _FEWEST_ROWS))
-    return max(0, min(start, high - _FEWEST_ROWS)), high
+    @abstractmethod
+    def error(
+        self,
+        family: Family,
+        start: int,
+        stop: int,
+        *,
+        delta: torch.Tensor,
+        base: torch.Tensor,
+        format: Format,
+    ) -> torch.Tensor:
+        """How far what is stored in M, before it is rounded to p, can be from W + delta.
+
+        Args:
+            family: which roundings to the format to allow for.
+            delta: rows of `exact`.
+            base: the same rows of W, float64 or fp32.
+
+        Returns:
+            rows in the dtype of ``base``. `base_error` comes on top.
+        """
+
+    def base_error(
+        self, family: Family, base: torch.Tensor, base_format: Format | None, format: Format
+    ) -> torch.Tensor | None:
+        """How far W in the merge, and W as it was subtracted, can be apart; None: they are equal.
+
+        Both are W; each may have been rounded, to the same format or not.
+        """
+        found = None
+        if base_format is not None and base_format is not format:
+            found = rounding_error(base, base_format)
+        if family.round_base:
+            rounded = rounding_error(base, format)
+            found = rounded if found is None else found.add_(rounded)
+        return found
+
+    @abstractmethod
+    def underflow(self) -> float:
+        """What one element of delta can lose below fp32's smallest normal number."""

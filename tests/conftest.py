@@ -65,17 +65,17 @@ class TinyModels:
         def make(directory: Path) -> Path:
             return make_base(directory, family, **settings)
 
-        return self._once(f"base {family} {settings}", make)
+        return self.once(f"base {family} {settings}", make)
 
     def adapter(self, base: Path, **settings: Any) -> Path:
         """A directory of `tests.models.make_adapter`."""
         from tests.models import make_adapter
 
-        return self._once(
+        return self.once(
             f"adapter {base} {settings}", lambda to: make_adapter(to, base, **settings)
         )
 
-    def _once(self, key: str, make: Callable[[Path], Path]) -> Path:
+    def once(self, key: str, make: Callable[[Path], Path]) -> Path:
         if key not in self._made:
             self._made[key] = make(self._directory / f"{len(self._made):03d}")
         return self._made[key]

@@ -87,6 +87,7 @@ def made_up(
         parameters[name] = {
             "shape": [8, 8],
             "elements": 64,
+            "stack": where.stack,
             "layer": where.layer,
             "block": where.block,
             "module": where.module,

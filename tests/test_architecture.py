@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 
 import pytest
@@ -39,6 +40,40 @@ PLACES = {
     "transformer.h.1.self_attention.query_key_value.weight": Place(
         1, "attention", "query_key_value", "weight"
     ),
+    "decoder.block.2.layer.1.EncDecAttention.v.weight": Place(2, "attention", "v", "weight"),
+    "decoder.block.2.layer.2.DenseReluDense.wo.weight": Place(2, "mlp", "wo", "weight"),
+    "decoder.block.0.layer.0.layer_norm.weight": Place(0, "norm", "layer_norm", "weight"),
+    "decoder.final_layer_norm.weight": Place(None, "norm", "final_layer_norm", "weight"),
+    "bert.encoder.layer.4.attention.self.query.weight": Place(4, "attention", "query", "weight"),
+    "bert.encoder.layer.4.attention.output.dense.bias": Place(4, "attention", "dense", "bias"),
+    "bert.encoder.layer.4.intermediate.dense.weight": Place(4, "mlp", "dense", "weight"),
+    "bert.encoder.layer.4.output.dense.weight": Place(4, "mlp", "dense", "weight"),
+    "bert.embeddings.position_embeddings.weight": Place(
+        None, "embedding", "position_embeddings", "weight"
+    ),
+    "cls.predictions.decoder.weight": Place(None, "other", "decoder", "weight"),
+    # GPT-NeoX, OPT, Phi
+    "gpt_neox.layers.1.attention.dense.weight": Place(1, "attention", "dense", "weight"),
+    "gpt_neox.layers.1.mlp.dense_4h_to_h.bias": Place(1, "mlp", "dense_4h_to_h", "bias"),
+    "gpt_neox.embed_in.weight": Place(None, "embedding", "embed_in", "weight"),
+    "embed_out.weight": Place(None, "other", "embed_out", "weight"),
+    "model.decoder.layers.1.fc1.weight": Place(1, "mlp", "fc1", "weight"),
+    "model.decoder.layers.1.self_attn.out_proj.bias": Place(1, "attention", "out_proj", "bias"),
+    "model.decoder.layers.1.self_attn_layer_norm.bias": Place(
+        1, "norm", "self_attn_layer_norm", "bias"
+    ),
+    "model.decoder.embed_positions.weight": Place(None, "embedding", "embed_positions", "weight"),
+    "model.layers.0.self_attn.dense.weight": Place(0, "attention", "dense", "weight"),
+    # ViT, as in its files and as in memory
+    "vit.encoder.layer.1.attention.attention.key.weight": Place(1, "attention", "key", "weight"),
+    "vit.encoder.layer.1.output.dense.bias": Place(1, "mlp", "dense", "bias"),
+    "vit.layers.1.mlp.fc2.weight": Place(1, "mlp", "fc2", "weight"),
+    "vit.layers.1.layernorm_before.weight": Place(1, "norm", "layernorm_before", "weight"),
+    "vit.embeddings.patch_embeddings.projection.weight": Place(
+        None, "embedding", "projection", "weight"
+    ),
+    "vit.embeddings.cls_token": Place(None, "embedding", "embeddings", "cls_token"),
+    "classifier.weight": Place(None, "other", "classifier", "weight"),
     # Names that say nothing
     "weight": Place(None, "other", "weight", "weight"),
     "0": Place(0, "other", "0", "0"),
@@ -48,7 +83,14 @@ PLACES = {
 
 @pytest.mark.parametrize("name", PLACES)
 def test_places(name):
-    assert place(name) == PLACES[name]
+    assert dataclasses.replace(place(name), stack="") == PLACES[name]
+
+
+def test_layers_of_an_encoder_and_a_decoder_are_told_apart():
+    assert place("encoder.block.0.layer.0.layer_norm.weight").stack == "encoder.block"
+    assert place("decoder.block.0.layer.0.layer_norm.weight").stack == "decoder.block"
+    assert place("model.layers.3.mlp.experts.7.w1.weight").stack == "model.layers"
+    assert place("shared.weight").stack == ""
 
 
 def test_starcoder2_3b_has_the_483_parameters_that_are_documented():

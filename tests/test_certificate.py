@@ -40,7 +40,7 @@ from taskvec.rounding import (
     recipe_delta,
     subtract_rows,
 )
-from taskvec.update import Update
+from taskvec.updates.products import LowRank
 from taskvec.verdict import judge, rounding_cost
 from tests.checks import edit_tensors
 from tests.models import peft_merge
@@ -55,7 +55,7 @@ def subtracted_from(base: torch.Tensor, base_format: Format | None) -> torch.Ten
 
 
 def certify(
-    update: Update,
+    update: LowRank,
     base: torch.Tensor,
     merged: torch.Tensor,
     format: Format,
@@ -84,7 +84,7 @@ def certify(
 
 
 def result_of(
-    update: Update, base: torch.Tensor, merged: torch.Tensor, format: Format, **options: Any
+    update: LowRank, base: torch.Tensor, merged: torch.Tensor, format: Format, **options: Any
 ) -> ParameterResult:
     """What the verdict is told of one parameter."""
     certificate = certify(update, base, merged, format, **options)
@@ -97,7 +97,7 @@ def result_of(
     return ParameterResult("weight", tuple(base.shape), kind, magnitude, comparison=comparison)
 
 
-def merged_by(recipe: Recipe, update: Update, base: torch.Tensor, format: Format) -> torch.Tensor:
+def merged_by(recipe: Recipe, update: LowRank, base: torch.Tensor, format: Format) -> torch.Tensor:
     delta = recipe_delta(recipe, update, 0, base.shape[0], format)
     return merge_rows(recipe, base, delta, format)
 
@@ -162,7 +162,7 @@ class Case:
         A, B = self.tensor(rank, into), self.tensor(out, rank)
         if pick.random() < 0.1:  # nothing learned yet, at all or in half of the rows
             B[:: pick.choice([1, 2])] = 0
-        self.update = Update("weight", A, B, pick.choice(SCALINGS), pick.random() < 0.3)
+        self.update = LowRank("weight", A, B, pick.choice(SCALINGS), pick.random() < 0.3)
         self.format = pick.choice([FP32, FP16, BF16])
         stored = pick.choice(STORED)
         base = self.tensor(*self.update.shape).double()
@@ -252,7 +252,7 @@ def test_factors_in_16_bits_on_a_gpu_are_no_false_alarm(format: Format, scaling:
     """
     for size, unit in itertools.product((1e-3, 0.1, 1.0, 1e3), (1.0, 2e-4, 1e-6)):
         update, base = realistic(100, 120, 8, scaling, size=size)
-        update = Update("weight", update.A, update.B * unit, scaling)
+        update = LowRank("weight", update.A, update.B * unit, scaling)
         base = (base * unit).to(format.dtype)
         D = in_halves_on_a_gpu(update.B, update.A, scaling, format.dtype)
         merged = merge_rows(RECIPE["peft-half"], base, D, format)
@@ -265,13 +265,13 @@ def test_factors_in_16_bits_on_a_gpu_are_no_false_alarm(format: Format, scaling:
 
 def realistic(
     rows: int, columns: int, rank: int, scaling: float, *, size: float = 1.0, seed: int = 0
-) -> tuple[Update, torch.Tensor]:
+) -> tuple[LowRank, torch.Tensor]:
     """An update and a base whose update is ``size`` times 1/100 of it, in fp32."""
     generator = torch.Generator().manual_seed(seed)
     A = torch.randn(rank, columns, generator=generator) / math.sqrt(columns)
     B = torch.randn(rows, rank, generator=generator) * size
     base = torch.randn(rows, columns, generator=generator) * 100 * abs(scaling)
-    return Update("weight", A, B * math.sqrt(columns / rank), scaling), base
+    return LowRank("weight", A, B * math.sqrt(columns / rank), scaling), base
 
 
 # Where D is far larger than W, so that its own roundings are what the bound has to allow for.
@@ -379,7 +379,7 @@ def moved(merged: torch.Tensor, row: int, column: int, steps: int) -> torch.Tens
     return changed
 
 
-def verdict_of(update: Update, base: torch.Tensor, merged: torch.Tensor, format: Format) -> str:
+def verdict_of(update: LowRank, base: torch.Tensor, merged: torch.Tensor, format: Format) -> str:
     return judge([result_of(update, base, merged, format)]).name
 
 
@@ -545,7 +545,7 @@ def test_tampering_is_caught(what: str, format: Format) -> None:
 
 def test_a_scaling_off_by_a_ten_thousandth_is_caught_in_fp32() -> None:
     update, base = realistic(64, 80, 8, 2.0)
-    wrong = Update("weight", update.A, update.B, 2.0 * 1.0001)
+    wrong = LowRank("weight", update.A, update.B, 2.0 * 1.0001)
     merged = merged_by(ONCE, wrong, base, FP32)
     certificate = certify(update, base, merged, FP32)
     assert certificate.violations > 1000
@@ -572,7 +572,7 @@ def test_one_deviation_is_found_in_the_midst_of_exact_blocks() -> None:
 
 def test_an_overflow_is_counted_by_itself() -> None:
     """fp16 ends at 65504: W + delta beyond that is infinite, and no part of any other number."""
-    update = Update("weight", torch.tensor([[30.0, 1.0]]), torch.tensor([[10.0], [0.0]]), 1.0)
+    update = LowRank("weight", torch.tensor([[30.0, 1.0]]), torch.tensor([[10.0], [0.0]]), 1.0)
     base = torch.tensor([[65400.0, 1.0], [2.0, 3.0]])
     merged = merged_by(ONCE, update, base, FP16)
     assert merged.tolist() == [[math.inf, 11.0], [2.0, 3.0]]
@@ -609,7 +609,7 @@ def test_a_value_that_is_not_finite_is_a_violation(format: Format, value: float)
 
 def test_a_base_that_overflows_is_not_finite_either() -> None:
     """The base rounded to fp16 before it is subtracted: infinity less infinity."""
-    update = Update("weight", torch.ones(1, 2), torch.zeros(2, 1), 1.0)
+    update = LowRank("weight", torch.ones(1, 2), torch.zeros(2, 1), 1.0)
     base = torch.tensor([[7e4, 1.0], [2.0, 3.0]])
     merged = merged_by(ONCE, update, base, FP16)
     certificate = certify(update, base, merged, FP16, base_format=FP16, given=False)
@@ -645,7 +645,7 @@ def test_merged_weights_recovered_from_a_cancelling_task_vector() -> None:
     generator = torch.Generator().manual_seed(0)
     base = torch.rand(60, 50, generator=generator) + 0.5
     delta = -base + torch.randn(60, 50, generator=generator) * 1e-4
-    update = Update("weight", delta, torch.eye(60), 1.0)
+    update = LowRank("weight", delta, torch.eye(60), 1.0)
     for format, recipe in itertools.product(FORMATS.values(), RECIPES):
         merged = merged_by(recipe, update, base, format)
         for given in (True, False):
@@ -660,7 +660,7 @@ def test_a_merged_weight_halfway_between_two_numbers_of_the_format() -> None:
     part = 2.0**-24
     base = torch.tensor([[257 * part - 1, 0.5]])
     merged = torch.tensor([[258 * part, 1.5]]).bfloat16()
-    update = Update("weight", torch.ones(1, 2), torch.ones(1, 1), 1.0)
+    update = LowRank("weight", torch.ones(1, 2), torch.ones(1, 1), 1.0)
     T = subtract_rows(merged, base)
     assert T.tolist() == [[1.0, 1.0]]
     assert (base + T).bfloat16().tolist() == [[256 * part, 1.5]]
@@ -669,7 +669,7 @@ def test_a_merged_weight_halfway_between_two_numbers_of_the_format() -> None:
 
 def test_products_that_underflow_are_no_false_alarm() -> None:
     """64 products of 0.4 subnormal spacings each: all of them are lost, and all are allowed for."""
-    update = Update(
+    update = LowRank(
         "weight", torch.full((64, 3), 2.0**-75), torch.full((2, 64), 0.4 * 2.0**-74), 1.0
     )
     assert update.delta(0, 2).count_nonzero() == 0

@@ -38,17 +38,17 @@ from taskvec.rounding import (
     recipe_delta,
     subtract_rows,
 )
-from taskvec.update import Update
+from taskvec.updates.products import LowRank
 
 RECIPE = {recipe.name: recipe for recipe in RECIPES}
 SCALINGS = (1.0, -2.0, 0.3, 16 / math.sqrt(8))
 
 
-def update_of(rows: int, columns: int, rank: int, scaling: float, *, seed: int = 0) -> Update:
+def update_of(rows: int, columns: int, rank: int, scaling: float, *, seed: int = 0) -> LowRank:
     generator = torch.Generator().manual_seed(seed)
     A = torch.randn(rank, columns, generator=generator) * 0.05
     B = torch.randn(rows, rank, generator=generator) * 0.02
-    return Update("weight", A, B, scaling)
+    return LowRank("weight", A, B, scaling)
 
 
 def every_number(dtype: torch.dtype) -> torch.Tensor:
@@ -223,13 +223,13 @@ def peft_case(tmp_path_factory: pytest.TempPathFactory) -> tuple[Layers, dict[st
 
 def peft_weights(
     case: tuple[Layers, dict[str, Path]], target: str, dtype: torch.dtype, safe: bool, **options
-) -> tuple[Update, torch.Tensor, torch.Tensor]:
+) -> tuple[LowRank, torch.Tensor, torch.Tensor]:
     """The update in fp32, the base's weight in fp32, and what PEFT merges the two to."""
     layers, adapters = case
     reference = PeftModel.from_pretrained(copy.deepcopy(layers), adapters[target])
     module = next(m for m in reference.modules() if isinstance(m, LoraLayer))
     A, B = (side["default"].weight.detach() for side in (module.lora_A, module.lora_B))
-    update = Update(target, A, B, module.scaling["default"], target == "conv")
+    update = LowRank(target, A, B, module.scaling["default"], target == "conv")
     model = PeftModel.from_pretrained(copy.deepcopy(layers).to(dtype), adapters[target], **options)
     merged = model.merge_and_unload(safe_merge=safe)
     return update, getattr(layers, target).weight.detach(), getattr(merged, target).weight.detach()
@@ -302,7 +302,7 @@ def half(value: Fraction, format: Format) -> Fraction:
 
 
 def reference_bound(
-    family: Family, update: Update, merged: Any, base: Any, base_format: Any, format: Any
+    family: Family, update: LowRank, merged: Any, base: Any, base_format: Any, format: Any
 ) -> list[list[Fraction]]:
     """The bound of LORA_VS_TASK_VECTOR_ANALYSIS.md, term by term in rationals."""
     u = Fraction(1, 2**24)
@@ -446,7 +446,7 @@ def test_delta_error_covers_every_order_of_summation(rank: int, scaling: float) 
     generator = torch.Generator().manual_seed(rank)
     A, B = torch.randn(rank, 9, generator=generator), torch.randn(11, rank, generator=generator)
     B[:, rank // 2 :] *= -1 + 1e-6  # sums that cancel
-    update = Update("weight", A, B, scaling)
+    update = LowRank("weight", A, B, scaling)
     exact, bound = product(B, A, scaling), exactly(delta_error(update, 0, 11))
     for way, sums in summations(B, A).items():
         for D in (sums * scaling, summations(B * scaling, A)[way]):
@@ -531,7 +531,7 @@ def test_rounding_the_delta_anywhere_stays_in_the_lenient_interval(format: Forma
 def test_rounding_a_subnormal_delta_stays_in_the_lenient_interval() -> None:
     """Down there half an ulp of D is far more than any unit roundoff of it."""
     update, recipe = update_of(40, 30, 8, 0.7), RECIPE["once"]
-    update = Update("weight", update.A, update.B * 2.0**-12, 0.7)
+    update = LowRank("weight", update.A, update.B * 2.0**-12, 0.7)
     base = torch.randn(40, 30, generator=torch.Generator().manual_seed(6)) * 1e-6
     ends = merged_interval(
         recipe,
@@ -565,7 +565,7 @@ def test_blocks_of_rows_have_the_bits_of_the_whole_product(threads: int, transpo
             generator = torch.Generator().manual_seed(rank)
             A = torch.randn(rank, into, generator=generator)
             B = torch.randn(out, rank, generator=generator)
-            update = Update("weight", A, B, 1.37, transposed)
+            update = LowRank("weight", A, B, 1.37, transposed)
             rows = update.shape[0]
             whole = (B @ A).T * 1.37 if transposed else B @ A * 1.37
             for size, place in itertools.product((1, 2, 3, 4, 16, 42), (0, 0.37, 1)):

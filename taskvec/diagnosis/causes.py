@@ -320,7 +320,7 @@ def _scaled_by_bits(findings: Findings) -> list[_Scaled]:
     for name, agreement in findings.merges.items():
         merge = agreement.merge
         if merge.readings and not {UNMERGED_AGAIN, REMERGED} & set(merge.readings):
-            factor = sum(merge.scalings) / findings.scaling(name)
+            factor = sum(merge.scalings) / (findings.scaling(name) or 1.0)
             share = 1 - agreement.missed_share
             found.append(_Scaled(list(merge.readings), factor, factor, [name], [factor], [share]))
     return found
@@ -332,13 +332,15 @@ def _scaled_by_bounds(findings: Findings, adapter: Adapter) -> list[_Scaled]:
     for name, test in findings.factors.items():
         if test.vanishes or test.allows(1.0):  # another of the test's assumptions explains T
             continue
-        scaling = findings.scaling(name)
-        texts = [
-            text
-            for value, names in readings(scaling, test.update.rank, rslora).items()
-            if test.allows(value / scaling, _SLACK)
-            for text in names
-        ]
+        scaling, rank = findings.scaling(name), test.update.rank
+        texts = []
+        if scaling and rank:
+            texts = [
+                text
+                for value, names in readings(scaling, rank, rslora).items()
+                if test.allows(value / scaling, _SLACK)
+                for text in names
+            ]
         found.append(_Scaled(texts, test.low, test.high, [name], [test.factor]))
     return found
 

@@ -16,6 +16,7 @@ from taskvec.compare import Comparison, ParameterResult
 from taskvec.diagnosis.case import Case, lower_formats, merged_rows, wide, worst_row
 from taskvec.rounding import FP32, U32, Format, bound_rows, families
 from taskvec.update import Update
+from taskvec.updates.products import LowRank
 
 _NO_INFORMATION = 2.0**-60  # an element with delta below this part of its tolerance tells no factor
 
@@ -48,11 +49,11 @@ class FactorTest:
         tf32: str | None = None,
         sums: int = 1,
     ) -> None:
-        self.update = replace(update, transposed=update.transposed != transposed)
-        if tf32:
-            self.update = replace(
-                self.update, A=_to_tf32(update.A, tf32), B=_to_tf32(update.B, tf32)
-            )
+        self.update = update
+        if isinstance(update, LowRank) and (transposed or tf32):
+            A, B = (_to_tf32(factor, tf32) if tf32 else factor for factor in (update.A, update.B))
+            turned = update.transposed != transposed
+            self.update = replace(update, A=A, B=B, transposed=turned)
         self.tf32 = tf32
         self.format, self.stored = format, stored
         self.subtracted_format, self.base_format = subtracted_format, base_format
@@ -104,7 +105,9 @@ class FactorTest:
 
     def _tolerance(self, block: Block, delta: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         """The bound of the loosest family for an update of the size that T shows."""
-        update = replace(self.update, scaling=self.update.scaling * self._size)
+        update = self.update
+        if isinstance(update, LowRank):
+            update = replace(update, scaling=update.scaling * self._size)
         subtracted = self.subtracted_format if self.base_format is None else None
         return self.sums * tolerance(
             update,
@@ -176,11 +179,13 @@ def _factor_tests(
         FactorTest, case.update(result.name), format, stored, certificate.base_format
     )
     tests = [make()]
-    if result.shape[0] == result.shape[1]:
+    update = tests[0].update
+    product = isinstance(update, LowRank)
+    if isinstance(update, LowRank) and update.stored is None and result.shape[0] == result.shape[1]:
         tests.append(make(transposed=True))
     tests += [make(base_format=lower) for lower in lower_formats(format)]
     if format is FP32:
-        tests += [make(tf32=how) for how in ("rounded", "truncated")]
+        tests += [make(tf32=how) for how in ("rounded", "truncated") if product]
         tests += [make(sums=2), make(sums=3)]
     return tests
 

@@ -61,8 +61,8 @@ class Findings:
         """Names of all parameters that the adapter changes."""
         return [result.name for result, _ in adapted(self.results)]
 
-    def scaling(self, name: str) -> float:
-        """s of an adapted parameter."""
+    def scaling(self, name: str) -> float | None:
+        """s of an adapted parameter; None where nothing is scaled."""
         return next(found.scaling for result, found in adapted(self.results) if result.name == name)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,6 +26,7 @@ from taskvec.rounding import (
     subtract_rows,
 )
 from taskvec.update import Update
+from taskvec.updates.products import LowRank
 
 # Of the elements that moved, a wrong hypothesis misses about half or more; the right one misses
 # those that another matmul's last bits turn over, and damaged ones.
@@ -39,7 +40,8 @@ class WrongMerge:
     """One way in which a parameter may have been merged.
 
     Attributes:
-        scalings: what B @ A is multiplied with, once for each time that it is added.
+        scalings: what B @ A is multiplied with, once for each time that it is added; of an update
+            that is no product, its own.
         readings: what this means, in words; several where they come to the same.
         recipe: how each sum is computed.
         format: the format that the sums are rounded to.
@@ -65,10 +67,13 @@ class WrongMerge:
         merged = block.base
         if self.base_format is not None:
             merged = self.base_format.round(wide(merged))
+        if not isinstance(update, LowRank):
+            merged = update.merged(self.recipe, merged, block.start, block.stop, self.format)
+            return subtract_rows(merged, block.subtracted)
         update = replace(update, transposed=update.transposed != self.transposed)
         format = self.delta_format or self.format
         for number, scaling in enumerate(self.scalings):
-            recipe = self.recipe
+            recipe = update.followed(self.recipe)
             if number == 1 and self.unmerge_rounds:
                 recipe = replace(recipe, round_delta=True)
             scaled = replace(update, scaling=scaling)
@@ -138,6 +143,9 @@ def merges(update: Update, comparison: Comparison, rslora: bool) -> Iterator[Wro
     """The right merge, then the wrong ones, the simplest first."""
     format = comparison.certificate.format
     recipes = [tally.recipe for tally in comparison.certificate.recipes]
+    if not isinstance(update, LowRank):
+        yield from _of_any_kind(update, recipes, format)
+        return
     s = update.scaling
     variants: list[tuple[tuple[float, ...], tuple[str, ...]]] = [((s,), ())]
     variants += [((scaling,), texts) for scaling, texts in readings(s, update.rank, rslora).items()]
@@ -151,7 +159,7 @@ def merges(update: Update, comparison: Comparison, rslora: bool) -> Iterator[Wro
     for (scalings, texts), recipe in itertools.product(undone, recipes):
         for rounds in (False, True):
             yield WrongMerge(scalings, texts, recipe, format, unmerge_rounds=rounds)
-    if update.shape[0] == update.shape[1]:
+    if update.stored is None and update.matrix[0] == update.matrix[1]:
         for recipe in recipes:
             yield WrongMerge((s,), (), recipe, format, transposed=True)
     for lower in lower_formats(format):
@@ -162,6 +170,16 @@ def merges(update: Update, comparison: Comparison, rslora: bool) -> Iterator[Wro
             if recipe.round_factors or recipe.round_delta:
                 recipe = replace(recipe, round_base=False)
                 yield WrongMerge((s,), (), recipe, format, delta_format=lower)
+
+
+def _of_any_kind(update: Update, recipes: Sequence[Recipe], format: Format) -> Iterator[WrongMerge]:
+    """What can go wrong whatever is done to a parameter: a base or a result that was rounded."""
+    s = (update.scaling or 0.0,)
+    for recipe in recipes:
+        yield WrongMerge(s, (), recipe, format, wrong=False)
+    for lower, recipe in itertools.product(lower_formats(format), recipes):
+        yield WrongMerge(s, (), recipe, format, base_format=lower)
+        yield WrongMerge(s, (), recipe, lower)
 
 
 TWICE = "merged twice, or alpha doubled"

@@ -14,14 +14,15 @@ from taskvec.compare import Comparison, ParameterResult
 from taskvec.diagnosis.case import Case, merged_rows, wide
 from taskvec.diagnosis.merges import WrongMerge
 from taskvec.rounding import (
+    AS_COMPUTED,
     FP16,
     NARROW_FORMATS,
     Format,
     bound_rows,
-    gamma,
     half_ulp,
     subtract_rows,
 )
+from taskvec.tensorfile import row_shape
 
 # Scattered elements up to this number, or this share, are damage; more must lie together.
 _FEW, _FEW_SHARE = 16, 1e-3
@@ -59,7 +60,7 @@ class Outliers:
     @property
     def width(self) -> int:
         """Elements in a row; 1 for a vector."""
-        return math.prod(self.shape[1:])
+        return math.prod(row_shape(self.shape))
 
     @property
     def few(self) -> bool:
@@ -149,7 +150,14 @@ def off_the_merge(
     def find(block: Block) -> tuple[torch.Tensor, torch.Tensor]:
         expected = merge.task_vector(update, block)
         gap = (expected.double() - block.task_vector.double()).abs()
-        gap -= 2 * gamma(update.rank + 2) * update.magnitude(block.start, block.stop)
+        gap -= 2 * update.error(
+            AS_COMPUTED,
+            block.start,
+            block.stop,
+            delta=update.exact(block.start, block.stop),
+            base=block.subtracted.double(),
+            format=merge.format,
+        )
         ulp = 2 * half_ulp(merged_rows(block), merge.format)
         wrong = (gap >= _DAMAGE_ULPS * ulp) & torch.isfinite(block.task_vector)
         return wrong | outside(block)[0], expected

@@ -26,7 +26,7 @@ from taskvec.spectrum import (
     spectrum,
     subspace_similarity,
 )
-from taskvec.update import Update
+from taskvec.updates.products import LowRank
 
 ADDITIONAL, OTHER, RESCALED = "additional", "other", "rescaled"
 FURTHER, GONE, UNRELATED = "further", "gone", "unrelated"
@@ -122,9 +122,13 @@ def adapted_remainder(
     """What the task vector of an adapted parameter is made of.
 
     If T = delta + L, then rank(T - delta) = rank(T) - r; if T is another adapter's, the rank of
-    T - delta is the higher one. That tells the two apart without a threshold on any angle.
+    T - delta is the higher one. That tells the two apart without a threshold on any angle. An
+    update that is no matrix of low rank is judged by its slope alone.
     """
     update = case.update(result.name)
+    if not isinstance(update, LowRank) or update.stored is not None:
+        kind = FURTHER if slope.contained else GONE if slope.absent else UNRELATED
+        return Remainder(result.name, kind, {"rank": None, **_evidence(result)})
     noise = _noise(case, result.name, result.shape, update)
     limit = 2 * update.rank + _SPARE_RANK
     whole = _structure(_rows(case, result.name, None), result.shape, noise, limit)
@@ -142,11 +146,17 @@ def adapted_remainder(
             "low_rank_without_delta": rest.low,
             "adapter_rank": update.rank,
             "subspace_overlap": overlap,
-            "slope": result.slope,
-            "cosine_similarity": result.cosine,
-            "relative_residual": result.relative_error,
+            **_evidence(result),
         },
     )
+
+
+def _evidence(result: ParameterResult) -> dict[str, Any]:
+    return {
+        "slope": result.slope,
+        "cosine_similarity": result.cosine,
+        "relative_residual": result.relative_error,
+    }
 
 
 def _kind(
@@ -171,9 +181,10 @@ def _kind(
 
 def unadapted_remainder(case: Case, result: ParameterResult) -> Remainder:
     """What the task vector of a parameter that the adapter leaves alone is made of."""
+    info = case.base.tensors[result.name]
     if len(result.shape) < 2:
         return Remainder(result.name, FURTHER, {"rank": None})
-    shape = (result.shape[0], math.prod(result.shape[1:]))
+    shape = (info.rows, info.row_elements)
     noise = _noise(case, result.name, shape, None)
     found = _structure(_rows(case, result.name, None), shape, noise, _SPARE_RANK)
     kind = ADDITIONAL if found.low and found.rank else FURTHER
@@ -191,7 +202,7 @@ def relative_change(case: Case, results: Sequence[ParameterResult]) -> float | N
     return math.sqrt(change / squared) if squared else None
 
 
-def _rows(case: Case, name: str, without: Update | None) -> Rows:
+def _rows(case: Case, name: str, without: LowRank | None) -> Rows:
     """T, or T - delta, as a matrix whose non-finite elements are zero."""
 
     def rows() -> Iterator[tuple[int, torch.Tensor]]:
@@ -205,7 +216,7 @@ def _rows(case: Case, name: str, without: Update | None) -> Rows:
     return rows
 
 
-def _noise(case: Case, name: str, shape: tuple[int, ...], update: Update | None) -> NoiseProfile:
+def _noise(case: Case, name: str, shape: tuple[int, ...], update: LowRank | None) -> NoiseProfile:
     """What two roundings of the weight, one of T and the matmul leave on each element."""
     format, noise = case.format_of(name), NoiseProfile((shape[0], shape[1]), case.device)
     for block in case.blocks(name):
@@ -256,7 +267,7 @@ def _spectrum(rows: Rows, shape: tuple[int, ...], leading: int, device: torch.de
     return krylov_spectrum(step, shape[1], leading, device)
 
 
-def _delta_spectrum(update: Update) -> Spectrum:
+def _delta_spectrum(update: LowRank) -> Spectrum:
     """Of the delta as it is stored."""
     if update.transposed:
         return low_rank_spectrum(update.A.T, update.B.T, update.scaling)

@@ -61,15 +61,16 @@ class _Places:
     """Where parameters lie along the horizontal axis: by layer, then those outside the layers."""
 
     def __init__(self, content: Document, names: Sequence[str]) -> None:
-        layer_of = {name: entry["layer"] for name, entry in content["parameters"].items()}
-        self.layers = sorted(set(layer_of.values()) - {None})
+        entries = content["parameters"]
+        self.layers = titles.layers_of(entries.values())
         column = {layer: index for index, layer in enumerate(self.layers)}
-        inside = [name for name in names if layer_of[name] is not None]
-        outside = [name for name in names if layer_of[name] is None]
+        inside = [name for name in names if entries[name]["layer"] is not None]
+        outside = [name for name in names if entries[name]["layer"] is None]
         self.has_outside = bool(outside)
         slots = {row: index for index, row in enumerate(dict.fromkeys(map(row_key, inside)))}
         self._x = {
-            name: column[layer_of[name]] + _spread(slots[row_key(name)], len(slots))
+            name: column[entries[name]["stack"], entries[name]["layer"]]
+            + _spread(slots[row_key(name)], len(slots))
             for name in inside
         }
         for index, name in enumerate(outside):
@@ -83,13 +84,18 @@ class _Places:
         count = len(self.layers)
         step = tick_step(count, inches)
         ticks = list(range(0, count, step))
-        labels = [str(self.layers[tick]) for tick in ticks]
+        labels = [str(self.layers[tick][1]) for tick in ticks]
         if self.has_outside:
             near = [tick for tick in ticks if (count - tick) * inches / (count + 1) < 0.45]
             ticks = [*ticks[: len(ticks) - len(near)], count]
             labels = [*labels[: len(ticks) - 1], "outside" if count else ""]
         ax.set_xticks(ticks, labels)
-        ax.set_xlabel("layer" if self.layers else "parameters outside numbered layers")
+        stacks = list(dict.fromkeys(stack for stack, _ in self.layers))
+        ax.set_xlabel(
+            ("layer of " + ", then of ".join(stacks) if len(stacks) > 1 else "layer")
+            if stacks
+            else "parameters outside numbered layers"
+        )
         ax.set_xlim(-0.8, max(count + (0.8 if self.has_outside else -0.2), 0.8))
 
 

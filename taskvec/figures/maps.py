@@ -132,7 +132,10 @@ def architecture_coverage(content: Document, path: Path) -> Figure:
             return f"{shapes}  ✗ {len(wrong)} of {len(names)} failed", INK
         if not touched:
             return shapes, MUTED
-        ranks = sorted({chosen[name]["lora"]["rank"] for name in touched})
+        ranks = sorted({rank for name in touched if (rank := chosen[name]["lora"]["rank"])})
+        if not ranks:
+            kinds = sorted({chosen[name]["lora"]["kind"] for name in touched})
+            return f"{shapes}  ● {len(touched)} {', '.join(kinds)}", PURPLE
         rank = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]}–{ranks[-1]}"
         return f"{shapes}  ● {len(touched)} at rank {rank}", PURPLE
 

@@ -310,12 +310,19 @@ def _norm_finding(document: Document, groups: dict[str, list[dict[str, Any]]]) -
 def _draw_norms(
     ax: Axes, members: Sequence[dict[str, Any]], limits: tuple[float, float], inches: float
 ) -> None:
-    """One module; what is outside of the layers is drawn at 0 under its own axis label."""
+    """One module; what is outside of the layers is drawn at 0 under its own axis label.
+
+    Where a layer has several of that name (experts; an encoder's and a decoder's), no line says
+    that one follows the other.
+    """
     members = sorted(members, key=lambda entry: -1 if entry["layer"] is None else entry["layer"])
     outside = members[0]["layer"] is None
     x = [0 if entry["layer"] is None else entry["layer"] for entry in members]
     delta, task_vector, residual = ([entry[key] or np.nan for entry in members] for key in _NORMS)
-    ax.plot(x, delta, color=PURPLE, linewidth=1.8, label="‖Δ‖", marker="_" if len(x) == 1 else "")
+    line: dict[str, Any] = {"marker": "" if 1 < len(x) == len(set(x)) else "_"}
+    if len(x) > len(set(x)):
+        line |= {"linestyle": "", "markersize": 9, "markeredgewidth": 1.8}
+    ax.plot(x, delta, color=PURPLE, linewidth=1.8, label="‖Δ‖", **line)
     ax.plot(x, task_vector, label="‖T‖", **_CIRCLES)
     ax.plot(x, residual, color=RED, linewidth=1.0, marker="s", markersize=3.5, label="‖T − Δ‖")
     ax.set(yscale="log", ylim=limits, xlabel="no layer" if outside else "layer")

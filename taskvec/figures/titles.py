@@ -7,7 +7,7 @@ a `Finding`. Where the certificate does not hold, the title says so and names th
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -306,8 +306,7 @@ def _where(content: Document) -> str:
     found = {entry["module"] for entry in entries}
     modules = [name for name in PROJECTIONS if name in found]
     modules += sorted(found - set(modules))
-    layers = {entry["layer"] for entry in entries} - {None}
-    every = {entry["layer"] for entry in content["parameters"].values()} - {None}
+    layers, every = layers_of(entries), layers_of(content["parameters"].values())
     if not entries:
         return ""
     what = listed(modules) if len(modules) <= _MOST_MODULES else f"{len(modules)} kinds of module"
@@ -315,6 +314,13 @@ def _where(content: Document) -> str:
         return what
     whole = f"all {len(every)}" if layers == every else f"{len(layers)} of {len(every)}"
     return f"{what} in {whole} layers"
+
+
+def layers_of(entries: Iterable[Mapping[str, Any]]) -> list[tuple[str, int]]:
+    """The layers that some parameters lie in: stack by stack, each layer with its stack's name."""
+    found = {(e["stack"], e["layer"]): None for e in entries if e["layer"] is not None}
+    order = list(dict.fromkeys(stack for stack, _ in found))
+    return sorted(found, key=lambda layer: (order.index(layer[0]), layer[1]))
 
 
 def _kind_count(content: Document, kind: str) -> int:

@@ -48,6 +48,7 @@ class ParameterFinding:
         where = self.place
         return {
             "shape": list(self.shape),
+            "stack": where.stack,
             "layer": where.layer,
             "module": where.module,
             "precision": self.format.name if self.format else None,

@@ -1,0 +1,420 @@
+"""Which parameter of a base each part of an adapter belongs to, with every shape checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import torch
+
+from taskvec.adapter_keys import BIAS, MAGNITUDE, TOKENS, A, B, Group, grouped_keys
+from taskvec.adapter_parts import (
+    BiasPart,
+    ExpertsPart,
+    LowRankPart,
+    Part,
+    ReplacementPart,
+    TokensPart,
+)
+from taskvec.checkpoint import Checkpoint
+from taskvec.cli import UserError
+from taskvec.lora_config import LoraConfig
+from taskvec.names import renaming
+from taskvec.tensorfile import TensorFile, TensorInfo, row_blocks
+from taskvec.ties import tied_to, untie
+
+_HEAD = "lm_head.weight"
+_COMPARED_ELEMENTS = 1 << 20
+
+
+def bind(file: TensorFile, config: LoraConfig, base: Checkpoint) -> dict[str, list[Part]]:
+    """What an adapter does to each parameter of a base, by the base's names.
+
+    Raises:
+        UserError: a tensor that is not understood, a factor without its partner, a parameter that
+            the base has not got, a shape that does not fit; each is named.
+    """
+    groups, whole = grouped_keys(file.path, file.tensors)
+    _check_whole(file, config, whole)
+    binding = _Binding(file, config, base, groups, whole)
+    for group in groups:
+        binding.add_group(group)
+    for name, info in whole.items():
+        binding.add_whole(name, info)
+    return binding.finished()
+
+
+class _Binding:
+    """Collects an adapter's parts by parameter.
+
+    Attributes:
+        parts: what has been found.
+    """
+
+    def __init__(
+        self,
+        file: TensorFile,
+        config: LoraConfig,
+        base: Checkpoint,
+        groups: Sequence[Group],
+        whole: dict[str, TensorInfo],
+    ) -> None:
+        self.file, self.config, self.base = file, config, base
+        self.parts: dict[str, list[Part]] = {}
+        own = [
+            group.module
+            for group in groups
+            if not config.parameters_of(group.module) and not _is_head(group.module)
+        ]
+        self._rename = renaming(own, base)
+        self._untie(groups, whole)
+        self._squares: list[tuple[str, LowRankPart]] = []
+        self._shown: dict[str, bool] = {}
+
+    # -- one wrapper of one module ---------------------------------------------------
+
+    def add_group(self, group: Group) -> None:
+        tensors = group.tensors
+        if not tensors:  # a twin that was left out
+            return
+        if TOKENS in tensors:
+            self._add_tokens(group)
+            return
+        if A not in tensors or B not in tensors:
+            present, missing = (A, B) if A in tensors else (B, A)
+            raise UserError(
+                f"{self.file.path}: {group.module} has lora_{present} but no lora_{missing}"
+                if present in tensors
+                else f"{self.file.path}: {group.module} has a {next(iter(tensors))} but no factors"
+            )
+        named = self.config.parameters_of(group.module)
+        if named:
+            self._add_to_parameter(group, named)
+        else:
+            self._add_to_module(group)
+
+    def _add_to_module(self, group: Group) -> None:
+        """LoRA on a linear layer, GPT-2's Conv1D, an embedding or a convolution."""
+        name, info = self._find(f"{group.module}.weight", group.module)
+        scaling = self._checked_scaling(group, group.module, 1)
+        factors = group.tensors[A], group.tensors[B]
+        magnitude = self._magnitude(group)
+        part = LowRankPart(
+            self.file,
+            *factors,
+            scaling,
+            transposed=group.embedding,
+            rounds_delta=group.embedding or self.config.rounds_delta,
+            magnitude=magnitude,
+        )
+        if len(info.shape) > 2:
+            self._check_convolution(group, name, info)
+            part = dataclasses.replace(part, stored=info.shape)
+        elif group.embedding:
+            self._check_shape(group, name, info, (factors[0].shape[1], factors[1].shape[0]))
+        else:
+            out, into = factors[1].shape[0], factors[0].shape[1]
+            if info.shape not in ((out, into), (into, out)):
+                self._refuse_shape(group, name, info, (out, into))
+            if out == into:
+                self._squares.append((name, part))
+                self._add(name, part)
+                self._add_bias(group, scaling)
+                return
+            self._shown[name] = info.shape == (into, out)
+            part = dataclasses.replace(part, transposed=self._shown[name])
+        self._add(name, part)
+        self._add_bias(group, scaling)
+
+    def _add_to_parameter(self, group: Group, named: Sequence[str]) -> None:
+        """LoRA on a parameter that target_parameters names: a matrix, or a stack of them."""
+        fits = [name for name in named if self._fits(group, self._rename(name))]
+        missing = [name for name in named if self._rename(name) not in self.base.tensors]
+        if len(missing) == len(named):
+            raise UserError(
+                f"{self.file.path}: adapts {' and '.join(named)}, which {self.base.source} has not "
+                "got"
+            )
+        if len(fits) != 1:
+            shapes = f"lora_A {group.tensors[A].shape} and lora_B {group.tensors[B].shape}"
+            choice = " and ".join(f"{n} {self._shape(n)}" for n in fits or named)
+            raise UserError(
+                f"{self.file.path}: {group.module}: {shapes} fit "
+                f"{'both' if fits else 'none of'} {choice}, so it is not known what they adapt"
+            )
+        name, info = self._find(fits[0], fits[0])
+        experts = info.shape[0] if len(info.shape) == 3 else 1
+        scaling = self._checked_scaling(group, fits[0], experts)
+        if BIAS in group.tensors or MAGNITUDE in group.tensors:
+            raise UserError(f"{self.file.path}: {fits[0]}: PEFT has no bias or DoRA for parameters")
+        factors = group.tensors[A], group.tensors[B]
+        if experts == 1:
+            stored = info.shape if len(info.shape) == 3 else None
+            part: Part = LowRankPart(self.file, *factors, scaling, False, stored, rounds_delta=True)
+        else:
+            transposed = self._is_transposed(group, name, info)
+            part = ExpertsPart(self.file, *factors, scaling, experts, transposed)
+        self._add(name, part)
+
+    def _is_transposed(self, group: Group, name: str, info: TensorInfo) -> bool:
+        """Whether a stack's matrices are stored (in, out); the shape of a square one cannot say."""
+        into, out = group.tensors[A].shape[1], group.tensors[B].shape[0]
+        if into != out:
+            return info.shape[1:] == (into, out)
+        kind = self.base.config().get("model_type")
+        if kind in _TRANSPOSED_EXPERTS:
+            return True
+        if kind in _EXPERTS_BY_OUTPUT:
+            return False
+        raise UserError(
+            f"{self.file.path}: {name} in {self.base.source} holds square matrices {info.shape}, "
+            f"and whether a {kind} stores them (out, in) is not known; merge it with PEFT's "
+            "merge_and_unload()"
+        )
+
+    def _add_tokens(self, group: Group) -> None:
+        """Rows of an embedding, or of the head."""
+        rows = group.tensors.pop(TOKENS)
+        if group.tensors:
+            raise UserError(f"{self.file.path}: {group.module} has both LoRA and trainable tokens")
+        name, info = self._find(f"{group.module}.weight", group.module)
+        tokens = self.config.tokens(group.module)
+        if (len(tokens), *info.shape[1:]) != rows.shape:
+            raise UserError(
+                f"{self.file.path}: {group.module}: rows {rows.shape} do not fit the "
+                f"{len(tokens)} token indices of {self.config.file.name} and {info.shape} in "
+                f"{self.base.source}"
+            )
+        beyond = [token for token in tokens if token >= info.shape[0]]
+        if beyond:
+            raise UserError(
+                f"{self.config.file}: token {beyond[0]} is beyond the {info.shape[0]} of {name}; "
+                "resize the base's embedding as it was for training"
+            )
+        self._add(name, TokensPart(self.file, rows, tokens))
+
+    def _add_bias(self, group: Group, scaling: float) -> None:
+        """lora_bias: the bias of lora_B is added to the module's own."""
+        bias = group.tensors.get(BIAS)
+        if bias is None:
+            return
+        name, info = self._find(f"{group.module}.bias", f"{group.module}.bias")
+        self._check_shape(group, name, info, bias.shape)
+        self._add(name, BiasPart(self.file, bias, scaling))
+
+    # -- whole tensors ----------------------------------------------------------------
+
+    def add_whole(self, parameter: str, info: TensorInfo) -> None:
+        name, found = self._find(parameter, parameter)
+        if found.shape != info.shape:
+            raise UserError(
+                f"{info.path}: {info.name} is {info.shape}, but {name} in {self.base.source} is "
+                f"{found.shape}; resize the base as it was for training and save it first"
+            )
+        part = ReplacementPart(self.file, info)
+        if ".base_layer." in info.name and name in self.parts:
+            # PEFT saves an adapted embedding's own weight too. It is the base's, or else LoRA goes
+            # on top of it.
+            if self._same_values(name, info):
+                return
+            if any(getattr(other, "magnitude", None) for other in self.parts[name]):
+                raise UserError(
+                    f"{info.path}: {info.name} is not {name} of {self.base.source}; use the base "
+                    "that the adapter was trained on"
+                )
+            self.parts[name].insert(0, part)
+            return
+        self._add(name, part)
+
+    def _same_values(self, name: str, info: TensorInfo) -> bool:
+        mine = self.base.tensors[name]
+        return all(
+            torch.equal(
+                self.base.read(name, start, stop).to(torch.float64),
+                self.file.read(info, start, stop).to(torch.float64),
+            )
+            for start, stop in row_blocks(mine, _COMPARED_ELEMENTS)
+        )
+
+    # -- ties -------------------------------------------------------------------------
+
+    def _untie(self, groups: Sequence[Group], whole: dict[str, TensorInfo]) -> None:
+        """Make a tied head a parameter where the adapter changes it or the embedding alone.
+
+        Trainable tokens of the embedding count for both, as in PEFT. So does what
+        ensure_weight_tying keeps alike, which PEFT writes twice.
+        """
+        changed = {f"{group.module}.weight": group for group in groups}
+        modules = [*changed, *whole]
+        heads = [name for name in modules if tied_to(self.base, name)]
+        embedding = tied_to(self.base, heads[0] if heads else _HEAD)
+        if embedding is None:
+            return
+        ours = next((n for n in modules if n not in heads and self._rename(n) == embedding), None)
+        if self.config.values.get("ensure_weight_tying") and ours is not None:
+            self._drop_twin(changed, whole, ours)
+            return
+        both = ours in changed and TOKENS in changed[ours].tensors if ours else False
+        for head in heads or ([_HEAD] if ours is not None and not both else []):
+            untie(self.base, head)
+
+    def _drop_twin(
+        self, changed: dict[str, Group], whole: dict[str, TensorInfo], embedding: str
+    ) -> None:
+        """Leave out what PEFT wrote for a head that it kept tied, once it is seen to be the same.
+
+        Raises:
+            UserError: it is not the same.
+        """
+        pairs: list[tuple[TensorInfo, TensorInfo]] = []
+        if _HEAD in changed and embedding in changed:
+            head, source = changed[_HEAD].tensors, changed[embedding].tensors
+            pairs = [(head[A], source[B]), (head[B], source[A])]
+            changed[_HEAD].tensors.clear()
+        elif _HEAD in whole and embedding in whole:
+            pairs = [(whole[_HEAD], whole[embedding])]
+        for twin, original in pairs:
+            mine, other = self.file.read(twin), self.file.read(original)
+            if not torch.equal(mine, other.T if mine.shape != other.shape else other):
+                raise UserError(
+                    f"{self.file.path}: {twin.name} is not {original.name}, although "
+                    f"ensure_weight_tying is set in {self.config.file.name}"
+                )
+        if pairs:
+            whole.pop(_HEAD, None)
+
+    # -- checks -----------------------------------------------------------------------
+
+    def _find(self, parameter: str, adapted: str) -> tuple[str, TensorInfo]:
+        """The base's name for a parameter, and where it lies."""
+        name = self._rename(parameter)
+        info = self.base.tensors.get(name)
+        if info is None:
+            raise UserError(
+                f"{self.file.path}: adapts {adapted}, which {self.base.source} has not got"
+            )
+        if not info.is_float:
+            raise UserError(f"{self.base.source}: {name} is {info.dtype}, not a float")
+        return name, info
+
+    def _add(self, name: str, part: Part) -> None:
+        if name in self.parts:
+            other = self.parts[name][0].source.name
+            raise UserError(f"{self.file.path}: {part.source.name} and {other} both change {name}")
+        self.parts[name] = [part]
+
+    def _checked_scaling(self, group: Group, named: str, matrices: int) -> float:
+        """s of a pair, whose factors have the rank that the configuration gives."""
+        rank, scaling = self.config.scaling(named)
+        found_A, found_B = group.tensors[A], group.tensors[B]
+        wanted = rank * matrices
+        if len(found_A.shape) < 2 or len(found_B.shape) < 2:
+            thin = found_A if len(found_A.shape) < 2 else found_B
+            raise UserError(
+                f"{thin.path}: {thin.name}: {thin.dtype} {thin.shape} is no LoRA factor"
+            )
+        if found_A.shape[0] != wanted or found_B.shape[1] != wanted:
+            times = f" for each of {matrices} matrices" if matrices > 1 else ""
+            raise UserError(
+                f"{self.file.path}: {named}: lora_A {found_A.shape} and lora_B {found_B.shape} do "
+                f"not have the rank {rank} of {self.config.file.name}{times}"
+            )
+        return scaling
+
+    def _magnitude(self, group: Group) -> TensorInfo | None:
+        """DoRA's magnitudes, which a module has exactly where the configuration says so."""
+        found = group.tensors.get(MAGNITUDE)
+        if (found is not None) != bool(self.config.values.get("use_dora")):
+            has = "has no lora_magnitude_vector" if found is None else "has lora_magnitude_vector"
+            raise UserError(
+                f"{self.file.path}: {group.module} {has}, but use_dora is "
+                f"{self.config.values.get('use_dora')} in {self.config.file.name}"
+            )
+        if found is not None and math.prod(found.shape) != group.tensors[B].shape[0]:
+            raise UserError(
+                f"{self.file.path}: {group.module}: lora_magnitude_vector {found.shape} does not "
+                f"fit the {group.tensors[B].shape[0]} outputs of lora_B"
+            )
+        return found
+
+    def _check_convolution(self, group: Group, name: str, info: TensorInfo) -> None:
+        """A is a convolution of the same kernel to r channels, B one of kernel 1 from these."""
+        found_A, found_B = group.tensors[A].shape, group.tensors[B].shape
+        shape = (found_B[0], *found_A[1:])
+        if info.shape != shape or math.prod(found_B[2:]) != 1:
+            self._refuse_shape(group, name, info, shape)
+
+    def _check_shape(
+        self, group: Group, name: str, info: TensorInfo, shape: tuple[int, ...]
+    ) -> None:
+        if info.shape != shape:
+            self._refuse_shape(group, name, info, shape)
+
+    def _refuse_shape(
+        self, group: Group, name: str, info: TensorInfo, shape: tuple[int, ...]
+    ) -> None:
+        raise UserError(
+            f"{self.file.path}: {group.module}: B @ A is {shape}, but {name} in "
+            f"{self.base.source} is {info.shape}"
+        )
+
+    def _fits(self, group: Group, name: str) -> bool:
+        """Whether a pair has the shape of a parameter or of the matrices stacked in it."""
+        info = self.base.tensors.get(name)
+        if info is None:
+            return False
+        into, out = group.tensors[A].shape[1], group.tensors[B].shape[0]
+        if len(info.shape) == 3 and info.shape[0] > 1:
+            return {into, out} == set(info.shape[1:]) and into + out == sum(info.shape[1:])
+        return info.shape[-2:] == (out, into)
+
+    def _shape(self, name: str) -> tuple[int, ...] | None:
+        info = self.base.tensors.get(self._rename(name))
+        return info.shape if info else None
+
+    # -- orientation of square weights ---------------------------------------------------
+
+    def finished(self) -> dict[str, list[Part]]:
+        """The parts, once the square weights' orientation is known.
+
+        A rectangular weight shows its orientation. A square one does not: there fan_in_fan_out
+        decides, unless the adapter's rectangular weights contradict it (PEFT saves the flag of the
+        module that it wrapped last, which says nothing of the others where a model has both kinds).
+        """
+        flag = self.config.fan_in_fan_out
+        other = next((name for name in self._shown if self._shown[name] != flag), None)
+        if other and self._squares:
+            mixed = flag in self._shown.values()
+            raise UserError(
+                f"{self.config.file}: fan_in_fan_out is {flag}, but {other} is stored the other "
+                f"way, so the orientation of the square {self._squares[0][0]} is not known; "
+                + ("save each kind as an adapter of its own" if mixed else f"set it to {not flag}")
+            )
+        for name, part in self._squares:
+            place = self.parts[name].index(part)
+            self.parts[name][place] = dataclasses.replace(part, transposed=flag)
+        return self.parts
+
+
+# How transformers stores a stack of experts: its modules' ``is_transposed``.
+_TRANSPOSED_EXPERTS = ("gpt_oss", "llama4", "llama4_text")
+_EXPERTS_BY_OUTPUT = ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "olmoe", "granitemoe")
+
+
+def _check_whole(file: TensorFile, config: LoraConfig, whole: dict[str, TensorInfo]) -> None:
+    """Whole tensors must be what the configuration says was trained, or an embedding saved along.
+
+    Raises:
+        UserError: names one that is not.
+    """
+    for parameter, info in whole.items():
+        if not config.explains(parameter):
+            raise UserError(
+                f"{file.path}: {info.name}: a whole tensor that neither modules_to_save nor bias "
+                f"of {config.file.name} names; add it to modules_to_save if it was trained"
+            )
+
+
+def _is_head(module: str) -> bool:
+    return f"{module}.weight" == _HEAD

@@ -1,0 +1,115 @@
+"""The names of an adapter's tensors, and what each of them is for.
+
+PEFT names a tensor after the module that it belongs to, ``base_model.model.<module>.<what>``. A
+module that is itself wrapped has ``base_layer`` in its name: once for each wrapper, and a module
+has a wrapper for every parameter of its own that ``target_parameters`` names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from taskvec.cli import UserError
+from taskvec.tensorfile import TensorInfo
+
+PREFIX = "base_model.model."
+
+# The roles of the tensors that PEFT adds to a module, by the end of their names.
+A, B, BIAS, MAGNITUDE, TOKENS, WHOLE = "A", "B", "bias", "magnitude", "tokens", "whole"
+_ROLES = (
+    (A, r"\.lora_A\.weight"),
+    (B, r"\.lora_B\.weight"),
+    (A, r"\.lora_embedding_A"),
+    (B, r"\.lora_embedding_B"),
+    (BIAS, r"\.lora_B\.bias"),
+    (MAGNITUDE, r"\.lora_magnitude_vector(\.weight)?"),
+    (TOKENS, r"\.token_adapter\.trainable_tokens_delta"),
+)
+_PATTERNS = [(role, re.compile(rf"^(?P<module>.+){end}$")) for role, end in _ROLES]
+_OURS = re.compile(r"lora|token_adapter|trainable_tokens|prompt_e|ia3|hada_|lokr_|vera_|oft_")
+
+
+@dataclass(frozen=True)
+class Key:
+    """What a tensor is for.
+
+    Attributes:
+        module: the module that it belongs to, without ``base_layer``; of a whole tensor, the
+            parameter that it stands for.
+        role: `A`, `B`, `BIAS`, `MAGNITUDE`, `TOKENS` or `WHOLE`.
+        depth: how many times ``base_layer`` was in the name.
+        embedding: it is a factor of an embedding.
+    """
+
+    module: str
+    role: str
+    depth: int = 0
+    embedding: bool = False
+
+
+@dataclass
+class Group:
+    """The tensors that one wrapper of a module has, by role."""
+
+    module: str
+    depth: int
+    embedding: bool = False
+    tensors: dict[str, TensorInfo] = field(default_factory=dict)
+
+
+def key_of(name: str) -> Key | None:
+    """What a tensor of an adapter is for; None if its name is not one that PEFT gives."""
+    if not name.startswith(PREFIX):
+        return None
+    name = name.removeprefix(PREFIX)
+    for role, pattern in _PATTERNS:
+        if match := pattern.match(name):
+            module, depth = _unwrapped(match["module"])
+            return Key(module, role, depth, ".lora_embedding_" in name)
+    if _OURS.search(name):
+        return None
+    return Key(*_whole(name))
+
+
+def grouped_keys(
+    path: Path, tensors: Mapping[str, TensorInfo]
+) -> tuple[list[Group], dict[str, TensorInfo]]:
+    """The adapter's tensors by wrapper, and its whole tensors by the parameter they stand for.
+
+    Raises:
+        UserError: a name or a dtype that is not understood, two tensors for one thing, or none.
+    """
+    groups: dict[tuple[str, int], Group] = {}
+    whole: dict[str, TensorInfo] = {}
+    for name, info in tensors.items():
+        key = key_of(name)
+        if key is None:
+            raise UserError(f"{path}: {name}: not a tensor that PEFT's LoRA writes")
+        if not info.is_float:
+            raise UserError(f"{path}: {name}: {info.dtype} {info.shape} is no LoRA factor")
+        if key.role == WHOLE:
+            found, place = whole, key.module
+        else:
+            group = groups.setdefault((key.module, key.depth), Group(key.module, key.depth))
+            group.embedding |= key.embedding
+            found, place = group.tensors, key.role
+        if place in found:
+            raise UserError(f"{path}: {name} and {found[place].name} are the same thing")
+        found[place] = info
+    if not groups and not whole:
+        raise UserError(f"{path}: holds no LoRA tensors")
+    return list(groups.values()), whole
+
+
+def _unwrapped(module: str) -> tuple[str, int]:
+    parts = module.split(".")
+    return ".".join(part for part in parts if part != "base_layer"), parts.count("base_layer")
+
+
+def _whole(name: str) -> tuple[str, str, int]:
+    name = name.replace(".modules_to_save.", ".").replace(".original_module.", ".")
+    parameter, depth = _unwrapped(name)
+    return parameter, WHOLE, depth
