@@ -193,6 +193,24 @@ def _scale(task: Task, label: str, directory: Path) -> list[dict[str, float]]:
     return found
 
 
+def rank_correlation(runs: list[dict[str, Any]]) -> float:
+    """Spearman's, of the intruders at the first epsilon and the pre-training loss, LoRA only."""
+    import numpy as np
+
+    lora = [run for run in runs if run["rank"]]
+    key = f"{EPSILONS[0]:g}"
+    columns = [[run["intruders"][key] for run in lora], [run["pretraining_loss"] for run in lora]]
+    # The rank of a value is its place in order; equal ones share the mean of theirs.
+    ranks = [
+        [
+            (np.array(column) < value).sum() + (np.array(column) == value).sum() / 2
+            for value in column
+        ]
+        for column in columns
+    ]
+    return float(np.corrcoef(ranks)[0, 1])
+
+
 def print_result(content: dict[str, Any]) -> None:
     """The runs and the interventions as tables."""
     cli.result(
@@ -213,6 +231,10 @@ def print_result(content: dict[str, Any]) -> None:
     ]
     for line in table(header, rows):
         cli.result(line)
+    cli.result(
+        f"Rank correlation of intruders and pre-training loss over the LoRA runs: "
+        f"{rank_correlation(content['runs']):.2f}"
+    )
     cli.result()
     header = ("scaled", *(f"λ = {scale:g}" for scale in SCALES))
     for key in ("held_out_loss", "pretraining_loss"):

@@ -31,15 +31,16 @@ _FULL: dict[str, Any] = {"color": RED, "marker": "^", "linestyle": ":"}
 _SLOW: dict[str, Any] = {
     "color": PURPLE, "marker": "o", "linestyle": "", "markerfacecolor": "white",
 }  # fmt: skip
+_CROWDED = 0.05  # of the axis: a number so near to the last one is left out
 _RAMP = ("#B79BDD", "#54278F", "#1F0542", "#8B63C4")
 
 
 @style()
 def draw(content: dict[str, Any], path: Path) -> Figure:
     """Intruders against rank; forgetting against intruders; both losses against lambda."""
-    page = Page(_finding(content), 4.3)
+    page = Page(_finding(content), 4.15)
     wide = (WIDTH - 2 * MARGIN - 0.7 - 2 * 0.85) / 3
-    axes = [page.axes(MARGIN + 0.6 + place * (wide + 0.85), 1.25, wide, 2.7) for place in range(3)]
+    axes = [page.axes(MARGIN + 0.6 + place * (wide + 0.85), 1.1, wide, 2.7) for place in range(3)]
     _draw_ranks(axes[0], content)
     _draw_forgetting(axes[1], content)
     _draw_scales(axes[2], content)
@@ -78,19 +79,26 @@ def _slow(content: dict[str, Any]) -> dict[str, Any]:
     return next(run for run in content["runs"] if run["slow"])
 
 
+def _most(content: dict[str, Any]) -> int:
+    return max(_intruders(run) for run in content["runs"])
+
+
 def _draw_ranks(ax: Axes, content: dict[str, Any]) -> None:
     for name, look in _SCHEDULES.items():
         runs = _schedule(content, name)
         ax.plot([run["rank"] for run in runs], [_intruders(run) for run in runs], **look)
     slow = _slow(content)
     ax.plot(slow["rank"], _intruders(slow), **_SLOW)
-    ax.axhline(_intruders(_full(content)), color=RED, linestyle=":")
+    full = _intruders(_full(content))
+    ax.axhline(full, color=RED, linestyle=":")
+    ax.plot(slow["rank"] * 2, full, **_FULL, clip_on=False)
     ranks = sorted({run["rank"] for run in content["runs"] if run["rank"]})
     ax.set_xscale("log", base=2)
     ax.set_xticks(ranks, [str(rank) for rank in ranks])
     ax.minorticks_off()
     ax.set(xlabel="rank r", ylabel="intruder dimensions")
-    ax.set_ylim(bottom=0)
+    ax.set_xlim(right=slow["rank"] * 2)
+    ax.set_ylim(bottom=-0.04 * ax.get_ylim()[1])
     ax.set_title("at the same held-out loss", size=TEXT, loc="left")
     ax.grid(axis="y")
 
@@ -98,18 +106,24 @@ def _draw_ranks(ax: Axes, content: dict[str, Any]) -> None:
 def _draw_forgetting(ax: Axes, content: dict[str, Any]) -> None:
     base = content["base_pretraining_loss"]
     for name, look in _SCHEDULES.items():
+        above = name == "α = 2r"
+        last = None
         for run in _schedule(content, name):
             point = _intruders(run), run["pretraining_loss"] - base
             ax.plot(*point, **{**look, "linestyle": ""})
+            if last is not None and abs(point[0] - last) < _CROWDED * _most(content):
+                continue
+            last = point[0]
             ax.annotate(
-                str(run["rank"]), point, xytext=(4, 3), textcoords="offset points", size=SMALL - 1.5
-            )
+                str(run["rank"]), point, xytext=(0, 5 if above else -12), size=SMALL - 1.5,
+                textcoords="offset points", ha="center", color=look["color"],
+            )  # fmt: skip
     slow, full = _slow(content), _full(content)
     ax.plot(_intruders(slow), slow["pretraining_loss"] - base, **_SLOW)
     ax.plot(_intruders(full), full["pretraining_loss"] - base, **{**_FULL, "linestyle": ""})
     ax.set(xlabel="intruder dimensions", ylabel="rise of the pre-training loss")
-    ax.set_ylim(bottom=0)
     ax.margins(x=0.12)
+    ax.set_ylim(0, 1.1 * ax.get_ylim()[1])
     ax.set_title("forgetting; numbers are ranks", size=TEXT, loc="left")
     ax.grid(axis="y")
 
@@ -122,8 +136,10 @@ def _draw_scales(ax: Axes, content: dict[str, Any]) -> None:
         for key, dash in (("held_out_loss", "-"), ("pretraining_loss", "--")):
             losses = [one[key] - found[-1][key] for one in found]
             ax.plot(scales, losses, dash, color=color, marker="o", markersize=3.5)
+            if dash == "--":
+                continue
             ax.annotate(
-                rank, (scales[0], losses[0]), xytext=(-4, 0), textcoords="offset points",
+                rank, (scales[0], losses[0]), xytext=(-5, 0), textcoords="offset points",
                 size=SMALL - 1.5, color=color, ha="right", va="center",
             )  # fmt: skip
     ax.axhline(0, color=MUTED, linewidth=0.8)
@@ -140,7 +156,7 @@ def _finding(content: dict[str, Any]) -> Finding:
     full, low, high = _intruders(_full(content)), min(counts), max(counts)
     title = (
         f"{content['task'].capitalize()}: at α = 2r, rank {low} has {counts[low]} intruder "
-        f"dimensions and rank {high} {counts[high]}; full fine-tuning has {full}"
+        f"dimensions and rank {high} has {counts[high]}; full fine-tuning has {full}"
     )
     note = (
         f"{content['matrices']} matrices, the first 10 vectors of each, ε = 0.5. All runs end at a "

@@ -342,6 +342,34 @@ def test_a_gpu_gives_the_same_verdicts(no_figures, found, llama, adapter, merged
             assert theirs["intruders"] == entry["intruders"]
 
 
+def test_dora_takes_the_dense_route_and_its_merged_model_says_the_same(
+    no_figures, tiny, llama, tmp_path
+):
+    lora = tiny.adapter(llama, r=2, scale=0.5, use_dora=True)
+    merged = tmp_path / "merged"
+    peft_merge(llama, lora, torch.float32).save_pretrained(merged)
+    result = script.find_intruders(
+        str(llama),
+        tmp_path / "out",
+        lora_paths=[f"lora={lora}"],
+        finetuned_models=[f"model={merged}"],
+        epsilons=(0.7,),
+        device="cpu",
+    )
+    versions = result.document["versions"]
+    assert versions["lora"]["matrices"].keys() == versions["model"]["matrices"].keys()
+    for name, entry in versions["lora"]["matrices"].items():
+        theirs = versions["model"]["matrices"][name]
+        assert entry["route"] == "dense" and entry["intruders"] == theirs["intruders"]
+        np.testing.assert_allclose(entry["singular_values"], theirs["singular_values"], atol=1e-6)
+
+
+def test_what_else_an_adapter_changes_is_said(no_figures, tiny, llama, tmp_path, capsys):
+    lora = tiny.adapter(llama, target_modules=["q_proj", "embed_tokens"])
+    script.find_intruders(str(llama), tmp_path / "out", lora_paths=[str(lora)], device="cpu")
+    assert "also changes model.embed_tokens.weight: no linear layer" in capsys.readouterr().err
+
+
 # Figures
 
 

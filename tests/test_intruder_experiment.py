@@ -88,6 +88,18 @@ def test_both_schedules_share_the_run_where_they_agree(modules):
     ]  # fmt: skip
 
 
+def test_the_rank_correlation_is_spearmans(modules):
+    """By hand: ranks 1, 2.5, 2.5, 4 and 1, 3, 2, 4 have 4.5 / sqrt(4.5 * 5)."""
+
+    def run(intruders, loss):
+        return {"rank": 1, "intruders": {"0.5": intruders}, "pretraining_loss": loss}
+
+    runs = [run(0, 1.0), run(7, 3.5), run(7, 2.0), run(50, 9.0)]
+    full = {"rank": 0, "intruders": {"0.5": 0}, "pretraining_loss": 99.0}
+    found = modules["intruder_experiment"].rank_correlation([*runs, full])
+    assert found == pytest.approx(4.5 / (4.5 * 5) ** 0.5)
+
+
 def test_the_tasks_texts_are_apart(modules):
     """No held-out header is trained on, and Python's sources are no C headers."""
     task = modules["intruder_tasks"].make_task("code")

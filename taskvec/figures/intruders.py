@@ -109,12 +109,7 @@ def _similarity_finding(content: Document, size: int) -> Finding:
     if size > settings["top_k"]:
         shifts = {label: _shift(entry, epsilon) for label, entry in entries.items()}
         label = max(shifts, key=lambda label: shifts[label])
-        title = (
-            f"In {where}, {label}'s diagonal is shifted by {shifts[label]:.0f} places: so many new "
-            "directions rank before the base's"
-            if shifts[label] >= 1
-            else f"In {where}, the diagonal is not shifted: the base's directions keep their ranks"
-        )
+        title = _shift_title(where, label, round(shifts[label]))
     elif number:
         among = f"of the first {settings['top_k']} directions of {most}"
         verb = "resembles" if number == 1 else "resemble"
@@ -122,6 +117,15 @@ def _similarity_finding(content: Document, size: int) -> Finding:
     else:
         title = f"In {where}, every leading direction resembles one of the base's"
     return Finding(title, note)
+
+
+def _shift_title(where: str, label: str, shift: int) -> str:
+    if shift < 1:
+        return f"In {where}, the diagonal is not shifted: the base's directions keep their ranks"
+    new = "1 place: a new direction ranks"
+    if shift > 1:
+        new = f"{shift} places: so many new directions rank"
+    return f"In {where}, {label}'s diagonal is shifted by {new} before the base's"
 
 
 def _shift(entry: dict[str, Any], epsilon: float) -> float:

@@ -7,7 +7,6 @@ import difflib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, cast
 
 import torch
 
@@ -15,19 +14,12 @@ from taskvec.adapter import Adapter, open_adapter
 from taskvec.architecture import place
 from taskvec.checkpoint import Checkpoint, open_checkpoint
 from taskvec.cli import UserError
-from taskvec.taskvector import check_same_architecture
+from taskvec.names import aligned
 from taskvec.tensorfile import TensorInfo
+from taskvec.updates.products import LowRank
 
 # Models whose linear layers are transformers' Conv1D, which stores W^T (in, out).
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
-
-
-class Factors(Protocol):
-    """A low-rank update: delta = scaling * B (out, r) @ A (r, in)."""
-
-    A: torch.Tensor
-    B: torch.Tensor
-    scaling: float
 
 
 @dataclass(frozen=True)
@@ -53,7 +45,7 @@ class Tuned:
     @property
     def paths(self) -> list[Path]:
         """What it is read from."""
-        return [self.version.path] if isinstance(self.version, Adapter) else self.version.paths
+        return self.version.paths
 
     @property
     def parameters(self) -> list[str]:
@@ -66,13 +58,13 @@ class Tuned:
         """Whether a parameter may differ from the base's."""
         return name in self.parameters
 
-    def factors(self, name: str, device: torch.device) -> Factors | None:
+    def factors(self, name: str, device: torch.device) -> LowRank | None:
         """The low-rank update of a parameter, or None where it is not known as one."""
-        if not isinstance(self.version, Adapter):
+        if not isinstance(self.version, Adapter) or not self.version.is_low_rank(name):
             return None
         update = self.version.update(name, device)
-        low_rank = update.rank is not None and hasattr(update, "A") and hasattr(update, "B")
-        return cast(Factors, update) if low_rank else None
+        assert isinstance(update, LowRank)
+        return update
 
     def rows(
         self, name: str, base: torch.Tensor, start: int, stop: int, device: torch.device
@@ -111,8 +103,7 @@ def open_tuned(
             label, source = _labelled(word)
             model = stack.enter_context(open_checkpoint(source))
             model.refuse_quantised()
-            check_same_architecture(base, model)
-            found.append(Tuned(label, source, base, model))
+            found.append(Tuned(label, source, base, aligned(base, model)))
         labels = [tuned.label for tuned in found]
         for label in labels:
             if labels.count(label) > 1:
@@ -125,9 +116,8 @@ def open_tuned(
 def is_stored_transposed(base: Checkpoint, name: str, tuned: Sequence[Tuned]) -> bool:
     """Whether a matrix is stored (in, out): an adapter knows, else the architecture tells."""
     for one in tuned:
-        if isinstance(one.version, Adapter) and one.changes(name):
-            update = one.version.update(name, torch.device("cpu"))
-            return bool(getattr(update, "transposed", False))
+        if one.changes(name) and (factors := one.factors(name, torch.device("cpu"))) is not None:
+            return factors.transposed
     conv1d = base.config().get("model_type") in _CONV1D_MODELS
     return conv1d and place(name).block in ("attention", "mlp")
 
