@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,7 +112,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def compare(
     base_model: str,
-    lora_path: str,
+    lora_path: str | Sequence[str],
     output_dir: str | Path,
     *,
     task_vector_path: str | Path | None = None,
@@ -127,7 +128,7 @@ def compare(
 
     Args:
         base_model: directory, .safetensors file or hub id.
-        lora_path: directory or hub id of a PEFT LoRA adapter.
+        lora_path: directory or hub id of a PEFT LoRA adapter, or several, merged in turn.
         output_dir: absent, empty, or an earlier comparison, which is replaced.
         task_vector_path: a task vector file or its directory; or
         finetuned_model: a merged model. Exactly one of the two.
@@ -171,7 +172,7 @@ def compare(
                 [cause.as_json() for cause in found],
                 inputs={
                     "base": base.identity(),
-                    "adapter": str(lora_path),
+                    "adapter": cli.adapters(lora_path),
                     "task_vector" if task_vector_path else "finetuned_model": vector.source,
                 },
                 storage=Storage(adapter.stored_bytes, 4 * elements, vector.disk_bytes),
@@ -286,7 +287,7 @@ def _tolerance(text: str) -> float:
 def _body(args: argparse.Namespace) -> int:
     result = compare(
         args.base_model,
-        args.lora_path,
+        cli.lora_path(args),
         args.output_dir,
         task_vector_path=args.task_vector_path,
         finetuned_model=args.finetuned_model,

@@ -30,7 +30,7 @@ MOST_NAMES = 6  # of a problem on the terminal; the JSON has them all
 
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.new_parser(__doc__, device=False)
-    cli.add_lora_path(parser)
+    cli.add_lora_path(parser, several=False)
     parser.add_argument(
         "--base_model",
         metavar="MODEL",
@@ -104,6 +104,8 @@ def _print_contents(report: AdapterReport) -> None:
 
     config = report.config
     kind = "rsLoRA" if config["use_rslora"] else config["peft_type"]
+    if config["use_dora"]:
+        kind = f"{kind} with DoRA"
     targets = config["target_modules"]
     shown = ", ".join(map(str, targets)) if isinstance(targets, list) else targets
     cli.detail(f"🔎 {report.path}")
@@ -116,6 +118,8 @@ def _print_contents(report: AdapterReport) -> None:
         f"   {report.tensors} tensors, {len(report.factors)} modules, {report.elements:,} "
         f"parameters, {size(report.nbytes)}"
     )
+    for words, count in report.beside.items():
+        cli.detail(f"   beside the factors: {count} {words}")
     cli.detail()
     header = ["module", "pairs", "A", "B", "s", "dtype", "‖A‖", "‖B‖", "‖s B A‖"]
     for line in table(header, _factor_rows(report.factors)):
@@ -199,7 +203,10 @@ def _print_problem(problem: Problem) -> None:
 
 def _body(args: argparse.Namespace) -> int:
     report = debug(
-        args.lora_path, args.base_model, output_dir=args.output_dir, revision=args.revision
+        cli.adapters(cli.lora_path(args)),
+        args.base_model,
+        output_dir=args.output_dir,
+        revision=args.revision,
     )
     print_result(report)
     return cli.EXIT_OK if report.merges else cli.EXIT_DOES_NOT_HOLD

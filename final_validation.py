@@ -108,7 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def validate(
     base_model: str,
-    lora_path: str,
+    lora_path: str | Sequence[str],
     output_dir: str | Path,
     *,
     task_vector_path: str | None = None,
@@ -175,7 +175,7 @@ def validate(
 
 def _make_and_judge(
     base_model: str,
-    lora_path: str,
+    lora_path: str | Sequence[str],
     target: Path,
     precisions: Sequence[str],
     rounding: str,
@@ -209,7 +209,7 @@ def _make_and_judge(
 
 def _judge_given(
     base_model: str,
-    lora_path: str,
+    lora_path: str | Sequence[str],
     target: Path,
     task_vector_path: str | None,
     finetuned_model: str | None,
@@ -244,7 +244,7 @@ def _judge_given(
 
 def _behaviour(
     base_model: str,
-    lora_path: str,
+    lora_path: str | Sequence[str],
     subjects: Sequence[Subject],
     prompts: Sequence[str] | None,
     device: str,
@@ -290,7 +290,10 @@ def _behaviour(
 
 
 def _document(
-    base_model: str, lora_path: str, subjects: Sequence[Subject], checked: dict[str, Any]
+    base_model: str,
+    lora_path: str | Sequence[str],
+    subjects: Sequence[Subject],
+    checked: dict[str, Any],
 ) -> dict[str, Any]:
     """validation_summary.json: inputs, one entry per precision, behaviour, and the verdict."""
     import torch
@@ -305,7 +308,7 @@ def _document(
     return {
         "valid": not failures,
         "failures": failures,
-        "inputs": {"base_model": base_model, "lora_path": lora_path},
+        "inputs": {"base_model": base_model, "lora_path": cli.adapters(lora_path)},
         "precisions": summaries,
         "behaviour": checked,
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
@@ -328,7 +331,7 @@ def _behaviour_failures(summaries: dict[str, Any], checked: dict[str, Any]) -> l
 
 def _check_inputs(
     base_model: str,
-    lora_path: str,
+    lora_path: str | Sequence[str],
     revision: str | None,
     target: Path,
     precisions: Sequence[str],
@@ -431,12 +434,13 @@ def print_result(result: ValidationResult) -> None:
     cli.result(f"📁 Everything is in {result.output_dir}/ ({REPORT} first)")
 
 
-def _inputs(args: argparse.Namespace) -> tuple[str, str]:
-    """Base and adapter as given, or the bundled pair."""
-    if (args.base_model is None) != (args.lora_path is None):
+def _inputs(args: argparse.Namespace) -> tuple[str, str | list[str]]:
+    """Base and adapters as given, or the bundled pair."""
+    lora_path = cli.lora_path(args)
+    if (args.base_model is None) != (not lora_path):
         raise cli.UserError("give both --base_model and --lora_path, or neither for the example")
-    if args.base_model is not None:
-        return args.base_model, args.lora_path
+    if lora_path:
+        return args.base_model, lora_path
     return _short(EXAMPLE_BASE), _short(EXAMPLE_LORA)
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,7 +104,7 @@ def investigate(
     task_vector_path: str | Path | None = None,
     finetuned_model: str | None = None,
     base_model: str | None = None,
-    lora_path: str | None = None,
+    lora_path: str | Sequence[str] | None = None,
     comparison: str | Path | None = None,
     comparison_required: bool = True,
     top_k: int = 20,
@@ -164,7 +165,7 @@ def investigate(
             "inputs": {
                 "source": subject.vector.source,
                 "base": base_model,
-                "adapter": lora_path,
+                "adapter": cli.adapters(lora_path) if lora_path else None,
                 "comparison": str(comparison) if comparison else None,
             },
             "summary": changes.summarise(entries),
@@ -175,7 +176,9 @@ def investigate(
     return InvestigationResult(Path(output_dir), content)
 
 
-def _open_adapter(lora_path: str | None, subject: Subject, stack: ExitStack) -> Adapter | None:
+def _open_adapter(
+    lora_path: str | Sequence[str] | None, subject: Subject, stack: ExitStack
+) -> Adapter | None:
     from taskvec.adapter import open_adapter
 
     if lora_path is None or subject.base is None:
@@ -335,7 +338,7 @@ def _body(args: argparse.Namespace) -> int:
         task_vector_path=path,
         finetuned_model=args.finetuned_model,
         base_model=args.base_model,
-        lora_path=args.lora_path,
+        lora_path=cli.lora_path(args) or None,
         comparison=comparison,
         comparison_required=args.comparison is not None,
         top_k=args.top_k,

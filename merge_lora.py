@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from taskvec import cli, processes
 
@@ -67,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def merge(
     base_model: str,
-    lora_path: str,
+    lora_path: str | Sequence[str],
     output_dir: str | Path,
     *,
     precision: str = "fp32",
@@ -80,7 +81,7 @@ def merge(
 
     Args:
         base_model: directory, .safetensors file or hub id.
-        lora_path: directory or hub id of a PEFT LoRA adapter.
+        lora_path: directory or hub id of a PEFT LoRA adapter, or several, merged in turn.
         output_dir: absent, empty, or an earlier merge, which is replaced.
         precision: fp32, fp16 or bf16.
         rounding: once or peft (`taskvec.rounding.RECIPES`).
@@ -150,11 +151,10 @@ def _write_manifest(
 ) -> None:
     import torch
 
-    from taskvec.checkpoint import file_sha256
     from taskvec.output import write_json
 
     content = {
-        "adapter": {path.name: {"sha256": file_sha256(path)} for path in adapter.files},
+        **_adapters(adapter),
         "base": base.identity(),
         "precision": precision,
         "rounding": rounding,
@@ -166,10 +166,19 @@ def _write_manifest(
     write_json(directory / MANIFEST, content)
 
 
+def _adapters(adapter: Adapter) -> dict[str, Any]:
+    """The files of the adapter, or of each of several in the order of merging."""
+    from taskvec.checkpoint import file_sha256
+
+    hashes = [(path.name, {"sha256": file_sha256(path)}) for path in adapter.files]
+    each = [dict(hashes[start : start + 2]) for start in range(0, len(hashes), 2)]
+    return {"adapter": each[0]} if len(each) == 1 else {"adapters": each}
+
+
 def _body(args: argparse.Namespace) -> int:
     result = merge(
         args.base_model,
-        args.lora_path,
+        cli.lora_path(args),
         args.output_dir,
         precision=args.precision,
         rounding=args.rounding,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,7 +112,7 @@ def compare_task_vectors(
 
 def compare_merges(
     base_model: str,
-    lora_path: str,
+    lora_path: str | Sequence[str],
     output_dir: str | Path,
     *,
     rounding: str = "once",
@@ -122,7 +123,7 @@ def compare_merges(
 
     Args:
         base_model: directory, .safetensors file or hub id.
-        lora_path: directory or hub id of a PEFT LoRA adapter.
+        lora_path: directory or hub id of a PEFT LoRA adapter, or several, merged in turn.
         output_dir: absent, empty, or an earlier output, which is replaced.
         rounding: once or peft (`taskvec.rounding.RECIPES`).
         device: where the arithmetic runs.
@@ -151,7 +152,11 @@ def compare_merges(
         rows = [impact.as_json() for impact in impacts]
         content = _document(
             rows,
-            inputs={"base": base.identity(), "adapter": str(lora_path), "rounding": rounding},
+            inputs={
+                "base": base.identity(),
+                "adapter": cli.adapters(lora_path),
+                "rounding": rounding,
+            },
             reference="the adapter's exact delta",
             total=sum(info.is_float for info in base.tensors.values()),
             findings=findings(rows),
@@ -284,7 +289,7 @@ def _body(args: argparse.Namespace) -> int:
     else:
         result = compare_merges(
             args.base_model,
-            args.lora_path,
+            cli.lora_path(args),
             args.output_dir,
             rounding=args.rounding or "once",
             device=args.device,

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,11 +45,7 @@ class StructureResult:
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.new_parser(__doc__, device=False)
     cli.add_base_model(parser)
-    parser.add_argument(
-        "--lora_path",
-        metavar="ADAPTER",
-        help="directory or hub id of an adapter whose parameters are to be marked (default: none)",
-    )
+    cli.add_lora_path(parser, default=None)
     parser.add_argument(
         "--output_dir",
         default="model_structure/",
@@ -63,7 +59,7 @@ def visualize(
     base_model: str,
     output_dir: str | Path,
     *,
-    lora_path: str | None = None,
+    lora_path: str | Sequence[str] | None = None,
     revision: str | None = None,
 ) -> StructureResult:
     """Describe and draw a model's structure from the headers of its files.
@@ -87,14 +83,14 @@ def visualize(
 
 
 def describe(
-    base_model: str, *, lora_path: str | None = None, revision: str | None = None
+    base_model: str, *, lora_path: str | Sequence[str] | None = None, revision: str | None = None
 ) -> dict[str, Any]:
     """What `visualize` draws, without drawing it: the content of model_structure.json."""
     return _read(base_model, lora_path, revision)[0]
 
 
 def _read(
-    base_model: str, lora_path: str | None, revision: str | None
+    base_model: str, lora_path: str | Sequence[str] | None, revision: str | None
 ) -> tuple[dict[str, Any], list[Path]]:
     """The document, and the paths that it was read from."""
     from taskvec.adapter import open_adapter
@@ -107,7 +103,9 @@ def _read(
         return _document(base, adapter, lora_path), inputs
 
 
-def _document(base: Checkpoint, adapter: Adapter | None, lora_path: str | None) -> dict[str, Any]:
+def _document(
+    base: Checkpoint, adapter: Adapter | None, lora_path: str | Sequence[str] | None
+) -> dict[str, Any]:
     from taskvec import structure
 
     found = structure.describe(base.tensors, adapter.scalings if adapter else ())
@@ -117,7 +115,7 @@ def _document(base: Checkpoint, adapter: Adapter | None, lora_path: str | None) 
         "base": base.identity(),
         "architecture": _architecture(base),
         "adapter": {
-            "source": lora_path,
+            "source": cli.adapters(lora_path or ""),
             "stored_elements": stored,
             "stored_bytes": adapter.stored_bytes,
             "stored_share": stored / elements if elements else 0.0,
@@ -230,7 +228,10 @@ def _print_table(header: list[str], rows: list[list[str]]) -> None:
 
 def _body(args: argparse.Namespace) -> int:
     result = visualize(
-        args.base_model, args.output_dir, lora_path=args.lora_path, revision=args.revision
+        args.base_model,
+        args.output_dir,
+        lora_path=cli.lora_path(args) or None,
+        revision=args.revision,
     )
     print_result(result)
     return cli.EXIT_OK

@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 
 from taskvec.adapter_binding import bind
-from taskvec.adapter_keys import Key, key_of
 from taskvec.adapter_parts import LowRankPart, Part, ReplacementPart, TokensPart
 from taskvec.checkpoint import Checkpoint, locate_adapter
 from taskvec.cli import UserError
@@ -83,9 +82,7 @@ class Adapter:
 
 
 @contextlib.contextmanager
-def open_adapter(
-    source: Sources, base: Checkpoint, adapter_name: str | None = None
-) -> Iterator[Adapter]:
+def open_adapter(source: Sources, base: Checkpoint) -> Iterator[Adapter]:
     """Open one or several adapters and match them with the base they will be merged into.
 
     An adapter that separates the output head from the embedding that it is tied to makes the head
@@ -94,7 +91,6 @@ def open_adapter(
     Args:
         source: directory or hub id of a PEFT LoRA adapter, or several, to be merged in turn.
         base: the base model.
-        adapter_name: the folder within, where PEFT saved an adapter under a name.
 
     Raises:
         UserError: an adapter that is not understood, a factor without its partner, a module that
@@ -108,7 +104,7 @@ def open_adapter(
     """
     base.refuse_quantised()  # first: its packed weights would look like wrong shapes
     sources = [source] if isinstance(source, str) else list(source)
-    paths = [locate_adapter(each, adapter_name) for each in sources]
+    paths = [locate_adapter(each) for each in sources]
     configs = [read_config(path) for path in paths]
     parts: dict[str, list[Part]] = {}
     with contextlib.ExitStack() as stack:
@@ -151,12 +147,6 @@ def open_weights(path: Path) -> TensorFile:
     if pickled.is_file():
         return TorchFile(pickled)
     raise UserError(f"{path}: holds no {WEIGHTS_FILES[0]}; PEFT's save_pretrained() writes one")
-
-
-def factor_of(name: str) -> tuple[str, str] | None:
-    """The module and side ("A" or "B") of an adapter tensor; None if it is no LoRA factor."""
-    key: Key | None = key_of(name)
-    return (key.module, key.role) if key is not None and key.role in ("A", "B") else None
 
 
 def _check_order(name: str, parts: Sequence[Part]) -> None:

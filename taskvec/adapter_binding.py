@@ -37,6 +37,13 @@ def bind(file: TensorFile, config: LoraConfig, base: Checkpoint) -> dict[str, li
     """
     groups, whole = grouped_keys(file.path, file.tensors)
     _check_whole(file, config, whole)
+    if config.values.get("trainable_token_indices") and not any(
+        TOKENS in g.tensors for g in groups
+    ):
+        raise UserError(
+            f"{file.path}: trainable_token_indices is set in {config.file.name}, but there are no "
+            "rows of tokens; the file is incomplete"
+        )
     binding = _Binding(file, config, base, groups, whole)
     for group in groups:
         binding.add_group(group)
@@ -69,6 +76,7 @@ class _Binding:
         ]
         self._rename = renaming(own, base)
         self._untie(groups, whole)
+        self._check_saved(whole)
         self._squares: list[tuple[str, LowRankPart]] = []
         self._shown: dict[str, bool] = {}
 
@@ -111,6 +119,11 @@ class _Binding:
         if len(info.shape) > 2:
             self._check_convolution(group, name, info)
             part = dataclasses.replace(part, stored=info.shape)
+        elif any(len(factor.shape) != 2 for factor in factors):
+            raise UserError(
+                f"{self.file.path}: {group.module}: lora_A {factors[0].shape} and lora_B "
+                f"{factors[1].shape} are no factors of a matrix, as {name} in {self.base.source} is"
+            )
         elif group.embedding:
             self._check_shape(group, name, info, (factors[0].shape[1], factors[1].shape[0]))
         else:
@@ -196,7 +209,13 @@ class _Binding:
 
     def _add_bias(self, group: Group, scaling: float) -> None:
         """lora_bias: the bias of lora_B is added to the module's own."""
-        bias = group.tensors.get(BIAS)
+        bias, wanted = group.tensors.get(BIAS), bool(self.config.values.get("lora_bias"))
+        if (bias is not None) != (wanted and not group.embedding):
+            has = "no lora_B.bias" if bias is None else "lora_B.bias"
+            raise UserError(
+                f"{self.file.path}: {group.module} has {has}, but lora_bias is {wanted} in "
+                f"{self.config.file.name}"
+            )
         if bias is None:
             return
         name, info = self._find(f"{group.module}.bias", f"{group.module}.bias")
@@ -237,6 +256,21 @@ class _Binding:
             for start, stop in row_blocks(mine, _COMPARED_ELEMENTS)
         )
 
+    def _check_saved(self, whole: dict[str, TensorInfo]) -> None:
+        """Modules of the base that modules_to_save names must be in the file, all of them.
+
+        Raises:
+            UserError: names one that is not.
+        """
+        held = {self._rename(name) for name in whole}
+        for module in self.config.saved_modules():
+            for name, info in self.base.tensors.items():
+                if f".{module}." in f".{name}" and info.is_float and name not in held:
+                    raise UserError(
+                        f"{self.file.path}: holds no {name}, although modules_to_save of "
+                        f"{self.config.file.name} names {module}; the file is incomplete"
+                    )
+
     # -- ties -------------------------------------------------------------------------
 
     def _untie(self, groups: Sequence[Group], whole: dict[str, TensorInfo]) -> None:
@@ -245,18 +279,19 @@ class _Binding:
         Trainable tokens of the embedding count for both, as in PEFT. So does what
         ensure_weight_tying keeps alike, which PEFT writes twice.
         """
-        embedding = tied_to(self.base, _HEAD)
-        if embedding is None:
-            return
         changed = {f"{group.module}.weight": group for group in groups}
         modules = [*changed, *whole]
-        ours = next((name for name in modules if self._rename(name) == embedding), None)
+        heads = [name for name in modules if tied_to(self.base, name)]
+        embedding = tied_to(self.base, heads[0] if heads else _HEAD)
+        if embedding is None:
+            return
+        ours = next((n for n in modules if n not in heads and self._rename(n) == embedding), None)
         if self.config.values.get("ensure_weight_tying") and ours is not None:
             self._drop_twin(changed, whole, ours)
             return
         both = ours in changed and TOKENS in changed[ours].tensors if ours else False
-        if _HEAD in modules or (ours is not None and not both):
-            untie(self.base, _HEAD)
+        for head in heads or ([_HEAD] if ours is not None and not both else []):
+            untie(self.base, head)
 
     def _drop_twin(
         self, changed: dict[str, Group], whole: dict[str, TensorInfo], embedding: str

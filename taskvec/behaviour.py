@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from taskvec.checkpoint import locate_adapter
 from taskvec.cli import UserError
 from taskvec.conversions import Conversion, conversion_of
 from taskvec.tensorfile import TensorFile, row_blocks
@@ -92,13 +93,24 @@ def tokenize(directory: str, prompts: Sequence[str]) -> list[list[int]]:
 
 
 def adapter_logits(
-    base: str, lora: str, token_ids: Sequence[list[int]], device: torch.device
+    base: str,
+    lora: str | Sequence[str],
+    token_ids: Sequence[list[int]],
+    device: torch.device,
 ) -> list[torch.Tensor]:
-    """The reference: the base in fp32 with the adapter beside it, unmerged, by PEFT."""
+    """The reference: the base in fp32 with the adapters beside it, unmerged, by PEFT."""
     from peft import PeftModel
 
+    first, *more = [
+        str(locate_adapter(source)) for source in ([lora] if isinstance(lora, str) else lora)
+    ]
     with _model(base, device) as model:
-        return prompt_logits(PeftModel.from_pretrained(model, lora), token_ids)
+        adapted = PeftModel.from_pretrained(model, first, adapter_name="0")
+        for number, path in enumerate(more, 1):
+            adapted.load_adapter(path, str(number))
+        if more:
+            adapted.base_model.set_adapter([str(number) for number in range(1 + len(more))])
+        return prompt_logits(adapted, token_ids)
 
 
 def model_logits(
@@ -151,7 +163,7 @@ def _add_task_vector(model: Any, file: TensorFile) -> None:
         added.add(place)
         for start, stop in row_blocks(info, _BLOCK_ELEMENTS):
             rows = file.read(info, start, stop).to(target.device)
-            target[start:stop] += rows
+            target.view(info.rows, *info.row_shape)[start:stop] += rows
 
 
 def _target(

@@ -173,27 +173,27 @@ def open_checkpoint(source: str, revision: str | None = None) -> Iterator[Checkp
         yield model
 
 
-def locate_adapter(source: str, adapter_name: str | None = None) -> Path:
-    """The directory of an adapter that is named by directory or hub id.
+def locate_adapter(source: str) -> Path:
+    """The directory of an adapter that is named by directory, hub id or a folder in a hub id.
 
-    Args:
-        adapter_name: the folder within, where PEFT saved an adapter under a name.
+    Example:
+        locate_adapter("organisation/repository/folder")
 
     Raises:
-        UserError: nothing there, or no such folder.
+        UserError: nothing there.
     """
-    patterns = [f"{adapter_name}/{name}" if adapter_name else name for name in _ADAPTER_FILES]
-    path, _ = _locate(source, None, patterns)
+    hub_id, folder = source, ""
+    first, *rest = source.split("/")
+    on_the_hub = first not in ("", ".", "..", "~") and not Path(first).exists()
+    if on_the_hub and len(rest) == 2 and all(rest):
+        hub_id, folder = f"{first}/{rest[0]}", f"{rest[1]}/"
+    path, _ = _locate(hub_id, None, [folder + name for name in _ADAPTER_FILES])
     if path.is_file():
         raise UserError(f"{source}: is a file; give the adapter's directory")
-    if adapter_name is None:
-        return path
-    if adapter_name != Path(adapter_name).name or not (path / adapter_name).is_dir():
-        raise UserError(
-            f"{source}: has no folder {adapter_name!r}; --adapter_name is one of "
-            f"{', '.join(named_adapters(path)) or 'none: no folder there holds an adapter'}"
-        )
-    return path / adapter_name
+    if not (path / folder).is_dir():
+        named = ", ".join(named_adapters(path))
+        raise UserError(f"{source}: {hub_id} has no such folder{named and '; it has '}{named}")
+    return path / folder
 
 
 def named_adapters(directory: Path) -> list[str]:

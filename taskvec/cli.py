@@ -17,7 +17,7 @@ import gc
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -79,12 +79,41 @@ def add_base_model(parser: argparse.ArgumentParser, *, default: str | None = DEF
     parser.add_argument("--revision", metavar="REV", help="the base's revision on the hub")
 
 
-def add_lora_path(parser: argparse.ArgumentParser, *, default: str | None = DEFAULT_LORA) -> None:
-    """``--lora_path``: the directory or hub id of a PEFT adapter."""
+def add_lora_path(
+    parser: argparse.ArgumentParser, *, default: str | None = DEFAULT_LORA, several: bool = True
+) -> None:
+    """``--lora_path``, of one PEFT adapter or several, and ``--adapter_name``."""
     shown = f" (default: {default})" if default else ""
+    more = "; several are merged in turn" if several else ""
     parser.add_argument(
-        "--lora_path", default=default, metavar="ADAPTER", help=f"directory or hub id{shown}"
+        "--lora_path",
+        nargs="+" if several else None,
+        default=default,
+        metavar="ADAPTER",
+        help=f"directory or hub id{more}{shown}",
     )
+    parser.add_argument(
+        "--adapter_name",
+        metavar="NAME",
+        help="the folder in it, where PEFT saved the adapter under a name",
+    )
+
+
+def lora_path(args: argparse.Namespace) -> str | list[str]:
+    """What `add_lora_path` was given: one adapter, a list of several, or "" for none."""
+    given = [args.lora_path] if isinstance(args.lora_path, str) else args.lora_path
+    if given is None:
+        if args.adapter_name is not None:
+            raise UserError("--adapter_name needs --lora_path, the directory or hub id that has it")
+        return ""
+    folder = f"/{args.adapter_name}" if args.adapter_name else ""
+    found = [f"{path.rstrip('/')}{folder}" if folder else path for path in given]
+    return found[0] if len(found) == 1 else found
+
+
+def adapters(lora_path: str | Sequence[str]) -> str:
+    """One or several adapters as a report names them."""
+    return lora_path if isinstance(lora_path, str) else ", ".join(map(str, lora_path))
 
 
 def parse_args(

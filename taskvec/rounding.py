@@ -88,6 +88,11 @@ class Recipe:
     prescaled: bool
     maker: str
 
+    @property
+    def in_format(self) -> bool:
+        """Everything is in the format, as in PEFT without autocast; some products too."""
+        return self.round_base and self.round_factors and self.round_delta
+
 
 ONCE = Recipe("once", False, False, False, False, "merge_lora.py --rounding once, axolotl")
 PEFT = Recipe("peft", True, False, False, False, "PEFT merge_and_unload()")

@@ -145,7 +145,7 @@ def make_adapter(
     adapted = get_peft_model(model, LoraConfig(**fields))
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
-            if "lora_B" in name or "lora_embedding_A" in name:
+            if "lora_B" in name or (_FACTOR.search(name) and not parameter.any()):
                 parameter.normal_(0, scale)
             elif parameter.requires_grad and not _FACTOR.search(name):  # whole tensors, magnitudes
                 parameter.add_(torch.randn_like(parameter) * scale)

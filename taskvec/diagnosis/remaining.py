@@ -288,8 +288,12 @@ def _further_training(found: _Kind) -> tuple[str, str]:
         )
     more = f"; {counted(found.others)} it leaves alone changed as well" if found.others else ""
     residual = found.median("relative_residual")
-    hidden = all(item.evidence["rank_without_delta"] == 0 for item in found.adapted)
-    rest = "a rest of no low rank" if not hidden else "a rest of no rank above rounding noise"
+    ranks = {item.evidence.get("rank_without_delta") for item in found.adapted}
+    rest = "a rest of no low rank"
+    if ranks == {0}:
+        rest = "a rest of no rank above rounding noise"
+    elif None in ranks:  # of what is no matrix of low rank, the rest has not been taken apart
+        rest = "a rest"
     return "further_training", (
         f"Trained further after the merge: {found.where} hold the delta "
         f"({_estimate(found.slope)}) and {rest}, {percent(residual)} of its norm{more}."

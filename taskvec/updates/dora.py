@@ -109,7 +109,7 @@ class Dora(Update):
         used, rounding = self._as_used(recipe, format), format if recipe.round_base else None
         wide = _wide(base, rounding).double()
         center = used._scaled(wide, start, stop, rounding)
-        family = Family("", False, rounded_anywhere or _in_format(recipe), False)
+        family = Family("", False, rounded_anywhere or recipe.in_format, False)
         reach = used.error(family, start, stop, delta=center - wide, base=wide, format=format)
         reach += (center.abs() + reach) * U32 + used.underflow()
         center, reach = center[where], reach[where]
@@ -300,11 +300,6 @@ def _by_output(direction: LowRank) -> LowRank:
     return replace(direction, transposed=False, stored=None)
 
 
-def _in_format(recipe: Recipe) -> bool:
-    """PEFT without autocast computes DoRA in the base's format throughout."""
-    return recipe.round_base and recipe.round_factors and recipe.round_delta
-
-
 def _wide(base: torch.Tensor, rounding: Format | None) -> torch.Tensor:
     """W in fp32, or float64 if it is, rounded to a format first if one is given."""
     wide = base.to(torch.promote_types(base.dtype, torch.float32))
@@ -314,11 +309,12 @@ def _wide(base: torch.Tensor, rounding: Format | None) -> torch.Tensor:
 def _total(recipe: Recipe, base: torch.Tensor, delta: torch.Tensor, format: Format) -> torch.Tensor:
     """W + D as a recipe adds them: fp32 (float64 for a float64 base), or the format's dtype."""
     wide = _wide(base, format if recipe.round_base else None)
-    if _in_format(recipe):
+    if recipe.in_format:
         return (wide + format.round(delta)).to(format.dtype)
     return wide + delta
 
 
 def _row_norms(B: torch.Tensor, A: torch.Tensor, scaling: float) -> torch.Tensor:
     """A bound on the norm of each row of |s| |B| |A|: |s| sum_k |B_ik| ‖A_k‖, (out,) float64."""
-    return abs(scaling) * (B.double().abs() @ torch.linalg.norm(A.double(), dim=1))
+    norms: torch.Tensor = torch.linalg.norm(A.double(), dim=1)
+    return abs(scaling) * (B.double().abs() @ norms)

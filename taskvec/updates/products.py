@@ -11,7 +11,6 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Self
 
 import torch
 
@@ -74,7 +73,7 @@ class Product(Update):
         """Rows of |s| * (|B| @ |A|) in float64, to which matmul errors are relative."""
 
     @abstractmethod
-    def rounded_factors(self, dtype: torch.dtype) -> Self:
+    def rounded_factors(self, dtype: torch.dtype) -> Product:
         """The update of an adapter whose factors were stored in ``dtype`` on the way."""
 
     def merged(
@@ -89,9 +88,7 @@ class Product(Update):
             return replace(recipe, round_delta=True)
         return recipe
 
-    def recipe_key(
-        self, recipe: Recipe, format: Format, stored: torch.dtype
-    ) -> tuple[bool, bool, bool, bool]:
+    def recipe_key(self, recipe: Recipe, format: Format, stored: torch.dtype) -> tuple[bool, ...]:
         narrow, recipe = format is not FP32, self.followed(recipe)
         return (
             recipe.round_base and loses(stored, format),
@@ -203,9 +200,16 @@ class LowRank(Product):
         return float(self.A.abs().max())
 
     def delta(self, start: int, stop: int, *, prescaled: bool = False) -> torch.Tensor:
+        return self._delta(start, stop, torch.float32, prescaled)
+
+    def delta_in(self, dtype: torch.dtype, start: int, stop: int) -> torch.Tensor:
+        """Rows of the delta as a matmul in ``dtype`` gives it, in fp32."""
+        return self._delta(start, stop, dtype, False).float()
+
+    def _delta(self, start: int, stop: int, dtype: torch.dtype, prescaled: bool) -> torch.Tensor:
         def compute(start: int, stop: int) -> torch.Tensor:
             low, high = _widened(start, stop, *self.matrix)
-            B, A = self._rows(low, high)
+            B, A = (factor.to(dtype) for factor in self._rows(low, high))
             product = self._turned((B * self.scaling) @ A if prescaled else B @ A)
             rows = product[start - low : stop - low]
             return rows if prescaled else rows * self.scaling
@@ -228,7 +232,7 @@ class LowRank(Product):
 
         return self._cut(compute, start, stop)
 
-    def rounded_factors(self, dtype: torch.dtype) -> Self:
+    def rounded_factors(self, dtype: torch.dtype) -> LowRank:
         return replace(self, A=self.A.to(dtype).float(), B=self.B.to(dtype).float())
 
     def _rows(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -292,7 +296,43 @@ class Experts(Product):
     def magnitude(self, start: int, stop: int) -> torch.Tensor:
         return self._gather(LowRank.magnitude, start, stop)
 
-    def rounded_factors(self, dtype: torch.dtype) -> Self:
+    def recipe_key(self, recipe: Recipe, format: Format, stored: torch.dtype) -> tuple[bool, ...]:
+        key = super().recipe_key(recipe, format, stored)
+        return *key, recipe.in_format and format is not FP32
+
+    def merged(
+        self, recipe: Recipe, base: torch.Tensor, start: int, stop: int, format: Format
+    ) -> torch.Tensor:
+        if not recipe.in_format:
+            return super().merged(recipe, base, start, stop, format)
+        # PEFT raises the factors of modules to fp32 for their product on a CPU; not these.
+        delta = self._gather(
+            lambda expert, start, stop: expert.delta_in(format.dtype, start, stop), start, stop
+        )
+        return merge_rows(recipe, base, delta, format)
+
+    def interval(
+        self,
+        recipe: Recipe,
+        start: int,
+        stop: int,
+        *,
+        base: torch.Tensor,
+        format: Format,
+        where: torch.Tensor,
+        rounded_anywhere: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return super().interval(
+            recipe,
+            start,
+            stop,
+            base=base,
+            format=format,
+            where=where,
+            rounded_anywhere=rounded_anywhere or recipe.in_format,
+        )
+
+    def rounded_factors(self, dtype: torch.dtype) -> Experts:
         experts = tuple(expert.rounded_factors(dtype) for expert in self.experts)
         return replace(self, experts=experts)
 

@@ -1,0 +1,275 @@
+"""The forms in which adapters come: files, folders, several at once, and on tied embeddings."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+
+import merge_lora
+from compare_lora_task_vector import compare
+from extract_task_vectors import extract
+from taskvec.cli import UserError
+from tests.adapter_kinds import make_kind
+from tests.checks import assert_same_bits, edit_json, edit_tensors, weights
+from tests.models import load, peft_merge
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+
+
+def merge(base, adapter, output, **options):
+    source = adapter if isinstance(adapter, list) else str(adapter)
+    return merge_lora.merge(str(base), source, output, device="cpu", **options)
+
+
+def certificate_of(base, adapter, merged, directory):
+    source = adapter if isinstance(adapter, list) else str(adapter)
+    return compare(
+        str(base),
+        source,
+        directory,
+        finetuned_model=str(merged),
+        device="cpu",
+        generate_plots=False,
+    ).summary["certificate"]
+
+
+# -- files and folders -------------------------------------------------------------
+
+
+def test_a_pickled_adapter_gives_the_same_bits(llama, llama_lora, copied, tmp_path):
+    adapter = copied(llama_lora)
+    torch.save(load_file(adapter / WEIGHTS), adapter / PICKLED)
+    (adapter / WEIGHTS).unlink()
+    merge(llama, adapter, tmp_path / "m")
+    assert_same_bits(
+        weights(tmp_path / "m"), peft_merge(llama, adapter, torch.float32).state_dict()
+    )
+    manifest = json.loads((tmp_path / "m" / "merge_manifest.json").read_text())
+    assert list(manifest["adapter"]) == [CONFIG, PICKLED]
+
+
+class Trap:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_a_malicious_pickle_is_refused_and_not_executed(llama, llama_lora, copied, tmp_path):
+    adapter, trap = copied(llama_lora), tmp_path / "executed"
+    torch.save({**load_file(adapter / WEIGHTS), "x": Trap(str(trap))}, adapter / PICKLED)
+    (adapter / WEIGHTS).unlink()
+    with pytest.raises(UserError, match=r"adapter_model\.bin: .*not unpickled"):
+        merge(llama, adapter, tmp_path / "m")
+    assert not trap.exists()
+
+
+def test_an_adapter_in_a_named_folder(llama, llama_lora, tmp_path, monkeypatch, capsys):
+    shutil.copytree(llama_lora, tmp_path / "run" / "first")
+    flags = ["--base_model", str(llama), "--lora_path", str(tmp_path / "run"), "--device", "cpu"]
+    flags += ["--output_dir", str(tmp_path / "m")]
+    assert merge_lora.main(flags) == 2
+    error = capsys.readouterr().err
+    assert "there are adapters by name: --adapter_name first" in error
+    assert merge_lora.main([*flags, "--adapter_name", "first"]) == 0
+    theirs = peft_merge(llama, llama_lora, torch.float32).state_dict()
+    assert_same_bits(weights(tmp_path / "m"), theirs)
+
+
+def test_an_adapter_on_the_hub_alone_and_in_a_folder(hub, llama, llama_lora, tmp_path):
+    hub(llama_lora, "tiny/alone", "ab" * 20)
+    repository = tmp_path / "repository"
+    (repository / "inner").mkdir(parents=True)
+    hub_id = hub(llama_lora, "tiny/folders", "cd" * 20)
+    snapshot = os.path.join(os.environ["HF_HOME"], "hub", "models--tiny--folders", "snapshots")
+    shutil.copytree(llama_lora, os.path.join(snapshot, "cd" * 20, "inner"))
+    theirs = peft_merge(llama, llama_lora, torch.float32).state_dict()
+    for source in ("tiny/alone", f"{hub_id}/inner"):
+        merge(llama, source, tmp_path / "m")
+        assert_same_bits(weights(tmp_path / "m"), theirs)
+
+
+def test_a_trainers_checkpoint_with_its_optimizer_beside_it(llama, llama_lora, copied, tmp_path):
+    checkpoint = copied(llama_lora)
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"):
+        (checkpoint / name).write_bytes(b"not to be read")
+    (checkpoint / "trainer_state.json").write_text("{}")
+    merge(llama, checkpoint, tmp_path / "m")
+    theirs = peft_merge(llama, llama_lora, torch.float32).state_dict()
+    assert_same_bits(weights(tmp_path / "m"), theirs)
+
+
+@pytest.mark.parametrize("stored", ["fp16", "bf16"])
+@pytest.mark.parametrize("kind", ["DoRA", "embedding", "experts", "modules_to_save", "tokens"])
+def test_adapters_of_every_kind_stored_in_half_precision(tiny, tmp_path, kind, stored):
+    base, adapter = make_kind(tiny, kind)
+    shutil.copytree(adapter, tmp_path / "a")
+    tensors = load_file(adapter / WEIGHTS)
+    save_file({n: t.to(DTYPES[stored]) for n, t in tensors.items()}, tmp_path / "a" / WEIGHTS)
+    for precision in ("fp32", stored):
+        merge(base, tmp_path / "a", tmp_path / "m", precision=precision, rounding="peft")
+        peft_merge(base, tmp_path / "a", DTYPES[precision]).save_pretrained(tmp_path / "p")
+        assert_same_bits(weights(tmp_path / "m"), weights(tmp_path / "p"))
+
+
+# -- several adapters ---------------------------------------------------------------
+
+
+def in_peft(base, adapters, dtype):
+    """PEFT's merge of several adapters in one call."""
+    model = PeftModel.from_pretrained(load(base, dtype), adapters[0], adapter_name="0")
+    for number, path in enumerate(adapters[1:], 1):
+        model.load_adapter(path, str(number))
+    return model.merge_and_unload(adapter_names=[str(n) for n in range(len(adapters))])
+
+
+@pytest.mark.parametrize("precision", DTYPES)
+def test_several_adapters_are_merged_in_turn_as_in_peft(tiny, llama, tmp_path, precision):
+    adapters = [
+        str(tiny.adapter(llama)),
+        str(tiny.adapter(llama, seed=2, r=3, lora_alpha=5, target_modules=["q_proj", "lm_head"])),
+        str(tiny.adapter(llama, seed=3, use_rslora=True, target_modules=["v_proj", "q_proj"])),
+    ]
+    result = merge(llama, adapters, tmp_path / "m", precision=precision, rounding="peft")
+    theirs = in_peft(llama, adapters, DTYPES[precision]).state_dict()
+    assert_same_bits(weights(tmp_path / "m"), theirs)
+    assert "lm_head.weight" in result.changed_parameters
+    certificate = certificate_of(llama, adapters, tmp_path / "m", tmp_path / "c")
+    assert certificate["verdict"] == "exact" and "peft" in certificate["reproduced_by"]
+    manifest = json.loads((tmp_path / "m" / "merge_manifest.json").read_text())
+    assert [list(files) for files in manifest["adapters"]] == [[CONFIG, WEIGHTS]] * 3
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_once_rounds_only_the_sum_of_several(tiny, llama, tmp_path, precision):
+    adapters = [str(tiny.adapter(llama, scale=0.05)), str(tiny.adapter(llama, seed=2, scale=0.05))]
+    result = merge(llama, adapters, tmp_path / "m", precision=precision)
+    factors, stored, mine = (
+        [weights(tmp_path / a) for a in adapters],
+        weights(llama),
+        weights(tmp_path / "m"),
+    )
+    for name in result.changed_parameters:
+        key = f"base_model.model.{name.removesuffix('.weight')}"
+        total = stored[name]
+        for tensors in factors:
+            total = total + (tensors[f"{key}.lora_B.weight"] @ tensors[f"{key}.lora_A.weight"]) * 2
+        assert torch.equal(mine[name], total.to(DTYPES[precision]))
+    certificate = certificate_of(llama, adapters, tmp_path / "m", tmp_path / "c")
+    assert certificate["verdict"] == "exact" and certificate["reproduced_by"][0] == "once"
+
+
+def test_a_second_adapter_that_replaces_or_rescales_what_the_first_changed_is_refused(
+    tiny, llama, llama_lora, tmp_path
+):
+    second = tiny.adapter(llama, target_modules=["k_proj"], modules_to_save=["q_proj"])
+    dora = tiny.adapter(llama, use_dora=True)
+    for adapter, verb in ((second, "replaces"), (dora, r"rescales \(DoRA\)")):
+        with pytest.raises(UserError, match=rf"{verb} model\.layers.*; merge the first adapter"):
+            merge(llama, [str(llama_lora), str(adapter)], tmp_path / "m")
+
+
+# -- tied embeddings ----------------------------------------------------------------
+
+TIED: dict[str, dict[str, Any]] = {
+    "LoRA of the head": {"target_modules": ["lm_head"]},
+    "LoRA of the embedding": {"target_modules": ["embed_tokens"]},
+    "LoRA of both": {"target_modules": ["embed_tokens", "lm_head"]},
+    "a saved head": {"modules_to_save": ["lm_head"]},
+    "a saved embedding": {"modules_to_save": ["embed_tokens"]},
+    "other tokens in each": {"trainable_token_indices": {"embed_tokens": [1, 5], "lm_head": [3]}},
+    "the same tokens": {"trainable_token_indices": [1, 5]},
+    "a saved pair kept tied": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    "LoRA kept tied": {"target_modules": ["embed_tokens"], "ensure_weight_tying": True},
+}
+STAY_TIED = ["the same tokens", "a saved pair kept tied", "LoRA kept tied"]
+
+
+@pytest.mark.parametrize("case", TIED)
+def test_a_merge_on_tied_embeddings_computes_what_base_and_adapter_do(tiny, tmp_path, case):
+    """PEFT changes both of a pair when it merges into one: that is not what was trained."""
+    base = tiny.base("starcoder2")
+    adapter = tiny.adapter(base, scale=0.2, **TIED[case])
+    tokens = torch.arange(12)[None]
+    with torch.no_grad():
+        expected = PeftModel.from_pretrained(load(base), adapter).eval()(tokens).logits
+        before = load(base).eval()(tokens).logits
+        merge(base, adapter, tmp_path / "m")
+        found = load(tmp_path / "m").eval()(tokens).logits
+    assert (expected - before).abs().max() > 0.01
+    assert torch.allclose(found, expected, atol=1e-4 * float(expected.abs().max()), rtol=0)
+    tied = load(tmp_path / "m").config.tie_word_embeddings
+    assert tied == (case in STAY_TIED)
+    assert ("lm_head.weight" in weights(tmp_path / "m")) != tied
+
+
+@pytest.mark.parametrize("case", ["LoRA of the head", "a saved embedding", "LoRA kept tied"])
+def test_the_chain_follows_a_head_that_was_untied(tiny, tmp_path, case):
+    base = tiny.base("starcoder2")
+    adapter = tiny.adapter(base, scale=0.2, **TIED[case])
+    merge(base, adapter, tmp_path / "m", precision="bf16")
+    extract(str(base), str(tmp_path / "m"), tmp_path / "t")
+    found = compare(
+        str(base),
+        str(adapter),
+        tmp_path / "c",
+        task_vector_path=tmp_path / "t",
+        device="cpu",
+        generate_plots=False,
+    )
+    assert found.summary["certificate"]["verdict"] == "exact"
+
+
+def test_peft_agrees_where_the_pair_is_saved_apart(tiny, tmp_path):
+    base = tiny.base("starcoder2")
+    for case in ("a saved head", "a saved embedding", "a saved pair kept tied"):
+        adapter = tiny.adapter(base, scale=0.2, **TIED[case])
+        merge(base, adapter, tmp_path / "m")
+        peft_merge(base, adapter, torch.float32).save_pretrained(tmp_path / "p")
+        assert_same_bits(weights(tmp_path / "m"), weights(tmp_path / "p"))
+
+
+# -- the embedding that PEFT saves along -------------------------------------------------
+
+
+def test_an_embedding_saved_along_takes_the_place_of_the_bases(tiny, llama, copied, tmp_path):
+    adapter = copied(tiny.adapter(llama, target_modules=["embed_tokens"]))
+    key = "base_model.model.model.embed_tokens.base_layer.weight"
+
+    def train(tensors):
+        tensors[key] = tensors[key] + 0.01
+
+    edit_tensors(adapter / WEIGHTS, train)
+    for precision, dtype in DTYPES.items():
+        merge(llama, adapter, tmp_path / "m", precision=precision, rounding="peft")
+        assert_same_bits(weights(tmp_path / "m"), peft_merge(llama, adapter, dtype).state_dict())
+    assert certificate_of(llama, adapter, tmp_path / "m", tmp_path / "c")["verdict"] == "exact"
+
+
+def test_a_resized_embedding_is_refused_with_what_to_do(llama, copied, tmp_path):
+    model = load(llama)
+    model.resize_token_embeddings(100)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path / "a", save_embedding_layers=True)
+    with pytest.raises(UserError, match=r"is \(100, 32\), but .* \(96, 32\); resize the base as"):
+        merge(llama, tmp_path / "a", tmp_path / "m")
+
+
+def test_whole_tensors_that_the_configuration_does_not_name_are_refused(
+    tiny, llama, copied, tmp_path
+):
+    adapter = copied(tiny.adapter(llama, modules_to_save=["input_layernorm"]))
+    edit_json(adapter / CONFIG, modules_to_save=None)
+    with pytest.raises(
+        UserError, match=r"neither modules_to_save nor bias of adapter_config\.json"
+    ):
+        merge(llama, adapter, tmp_path / "m")
