@@ -134,9 +134,6 @@ def validate(
     Raises:
         UserError: an input is unusable, or the disk is too small for the outputs.
     """
-    from taskvec.output import output_file, write_json
-    from taskvec.textreport import validation_report
-
     target = Path(output_dir)
     if task_vector_path and finetuned_model:
         raise cli.UserError("give either --task_vector_path or --finetuned_model, not both")
@@ -151,25 +148,41 @@ def validate(
         ]
     else:
         subjects = _make_and_judge(base_model, lora_path, target, precisions, rounding, common)
+    return processes.by_main(
+        lambda: _conclude(
+            base_model, lora_path, subjects, target, behaviour, prompts, device, revision
+        )
+    )
 
-    def conclude() -> dict[str, Any]:
-        _step(4, "Weigh what each precision keeps")
-        _draw_precisions(subjects, target)
-        _step(5, "Compare behaviour on prompts")
-        checked: dict[str, Any] = {"skipped": "switched off (--no-behaviour)"}
-        if behaviour:
-            checked = _behaviour(base_model, lora_path, subjects, prompts, device, revision)
-        if "skipped" in checked:
-            cli.detail(f"      skipped: {checked['skipped']}")
-        _step(6, "Write the report")
-        document = _document(base_model, lora_path, subjects, checked)
-        with output_file(target / SUMMARY) as partial:
-            write_json(partial, document)
-        with output_file(target / REPORT) as partial:
-            partial.write_text(validation_report(document), encoding="utf-8")
-        return document
 
-    document = processes.by_main(conclude)
+def _conclude(
+    base_model: str,
+    lora_path: str | Sequence[str],
+    subjects: Sequence[Subject],
+    target: Path,
+    behaviour: bool,
+    prompts: Sequence[str] | None,
+    device: str,
+    revision: str | None,
+) -> ValidationResult:
+    """Steps 4 to 6: what was compared becomes figures, a report and a verdict."""
+    from taskvec.output import output_file, write_json
+    from taskvec.textreport import validation_report
+
+    _step(4, "Weigh what each precision keeps")
+    _draw_precisions(subjects, target)
+    _step(5, "Compare behaviour on prompts")
+    checked: dict[str, Any] = {"skipped": "switched off (--no-behaviour)"}
+    if behaviour:
+        checked = _behaviour(base_model, lora_path, subjects, prompts, device, revision)
+    if "skipped" in checked:
+        cli.detail(f"      skipped: {checked['skipped']}")
+    _step(6, "Write the report")
+    document = _document(base_model, lora_path, subjects, checked)
+    with output_file(target / SUMMARY) as partial:
+        write_json(partial, document)
+    with output_file(target / REPORT) as partial:
+        partial.write_text(validation_report(document), encoding="utf-8")
     return ValidationResult(target, document)
 
 

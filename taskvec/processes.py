@@ -114,7 +114,8 @@ def by_main(work: Callable[[], Result]) -> Result:
             outcome = [_attempt(work)]
     with _losing_others():
         torch.distributed.broadcast_object_list(outcome, src=0)
-    return _value(outcome[0])
+    result: Result = _value(outcome[0])
+    return result
 
 
 def divided(
