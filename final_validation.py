@@ -12,7 +12,6 @@ certificate holds in every precision, 1 it does not, 2 bad input.
 from __future__ import annotations
 
 import argparse
-import platform
 import shutil
 import sys
 from collections.abc import Sequence
@@ -32,6 +31,7 @@ EXAMPLES = Path(__file__).parent / "examples"
 EXAMPLE_BASE, EXAMPLE_LORA = EXAMPLES / "starcoder2-mini", EXAMPLES / "starcoder2-mini-lora"
 PRECISIONS = ("fp32", "fp16", "bf16")
 SUMMARY, REPORT = "validation_summary.json", "validation_report.txt"
+HTML_REPORT = "validation_report.html"
 IMPACT_FIGURE, ULP_FIGURE = "precision_impact.png", "rounding_error_in_ulps.png"
 STEPS = 6
 
@@ -122,7 +122,7 @@ def validate(
     Args:
         base_model, lora_path: as in `merge_lora.merge`.
         output_dir: merged_model_*/, task_vectors_*/ and comparison_results_*/ go below it, beside
-            validation_summary.json, validation_report.txt and two figures.
+            validation_report.html, validation_report.txt, validation_summary.json and two figures.
         task_vector_path, finetuned_model: judge this one (at most one of them) instead of
             merging in each of ``precisions``.
         behaviour: compare logits on ``prompts``.
@@ -131,6 +131,8 @@ def validate(
     Raises:
         UserError: an input is unusable, or the disk is too small for the outputs.
     """
+    from taskvec import validation
+    from taskvec.htmlreport import validation_page
     from taskvec.output import output_file, write_json
     from taskvec.textreport import validation_report
 
@@ -148,7 +150,7 @@ def validate(
     else:
         subjects = _make_and_judge(base_model, lora_path, target, precisions, rounding, common)
     _step(4, "Weigh what each precision keeps")
-    _draw_precisions(subjects, target)
+    figures = _draw_precisions(subjects, target)
     _step(5, "Compare behaviour on prompts")
     checked: dict[str, Any] = {"skipped": "switched off (--no-behaviour)"}
     if behaviour:
@@ -156,11 +158,27 @@ def validate(
     if "skipped" in checked:
         cli.detail(f"      skipped: {checked['skipped']}")
     _step(6, "Write the report")
-    document = _document(base_model, lora_path, subjects, checked)
+    comparisons = {subject.label: subject.comparison.document for subject in subjects}
+    document = validation.document(
+        comparisons,
+        checked,
+        inputs={
+            **_inputs_of(base_model, lora_path, revision),
+            "judged": finetuned_model or task_vector_path,
+        },
+        figures=figures,
+        files=_files(subjects, target),
+    )
+    images = {file: (target / file).read_bytes() for file in figures}
+    texts = {
+        REPORT: validation_report(document),
+        HTML_REPORT: validation_page(document, comparisons, images),
+    }
+    for name, text in texts.items():
+        with output_file(target / name) as partial:
+            partial.write_text(text, encoding="utf-8")
     with output_file(target / SUMMARY) as partial:
         write_json(partial, document)
-    with output_file(target / REPORT) as partial:
-        partial.write_text(validation_report(document), encoding="utf-8")
     return ValidationResult(target, document)
 
 
@@ -277,41 +295,42 @@ def _behaviour(
     return found
 
 
-def _document(
-    base_model: str, lora_path: str, subjects: Sequence[Subject], checked: dict[str, Any]
-) -> dict[str, Any]:
-    """validation_summary.json: inputs, one entry per precision, behaviour, and the verdict."""
-    import torch
+def _inputs_of(base_model: str, lora_path: str, revision: str | None) -> dict[str, Any]:
+    """What was validated, and what tells its files from others of the same name."""
+    from taskvec.adapter import open_adapter
+    from taskvec.checkpoint import file_sha256, open_checkpoint
 
-    summaries = {subject.label: subject.comparison.summary for subject in subjects}
-    failures = [
-        f"{label}: {summary['certificate']['reason']}"
-        for label, summary in summaries.items()
-        if not summary["equivalent"]
-    ]
-    failures += _behaviour_failures(summaries, checked)
-    return {
-        "valid": not failures,
-        "failures": failures,
-        "inputs": {"base_model": base_model, "lora_path": lora_path},
-        "precisions": summaries,
-        "behaviour": checked,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+    with open_checkpoint(base_model, revision) as base, open_adapter(lora_path, base) as adapter:
+        return {
+            "base_model": base_model,
+            "lora_path": lora_path,
+            "base": base.identity(),
+            "adapter": {
+                path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+                for path in adapter.files
+            },
+        }
+
+
+def _files(subjects: Sequence[Subject], target: Path) -> dict[str, str]:
+    """What was written, by its place below ``target``, and what it is."""
+    files = {
+        HTML_REPORT: "this result as a page to look at",
+        REPORT: "this result as text",
+        SUMMARY: "this result for programs",
     }
-
-
-def _behaviour_failures(summaries: dict[str, Any], checked: dict[str, Any]) -> list[str]:
-    """In fp32 nothing but rounding may separate the three models; narrower ones only cost."""
-    from taskvec.behaviour import FP32_KL_LIMIT
-
-    return [
-        f"{label}: the {kind.replace('_', ' ')} model does not behave like base + adapter "
-        f"(KL {numbers['max_kl']:.2e} nats)"
-        for label, entry in checked.items()
-        if label in summaries and summaries[label]["certificate"]["precision"] == "fp32"
-        for kind, numbers in entry.items()
-        if numbers["max_kl"] > FP32_KL_LIMIT
-    ]
+    for subject in subjects:
+        written = {
+            subject.merged_model: "base + adapter, as AutoModelForCausalLM loads it",
+            subject.task_vector and subject.task_vector.parent: "merged − base, fp32",
+            subject.comparison.output_dir: "every parameter's numbers, the adapter's deltas, a "
+            "text report and figures",
+        }
+        for path, what in written.items():
+            if path and Path(path).resolve().is_relative_to(target.resolve()):
+                name = Path(path).resolve().relative_to(target.resolve()).as_posix()
+                files[f"{name}/"] = f"{subject.label}: {what}"
+    return files
 
 
 def _check_inputs(
@@ -356,7 +375,9 @@ def _available_memory(device: str) -> int | None:
     return int(lines["MemAvailable"].split()[0]) * 1024
 
 
-def _draw_precisions(subjects: Sequence[Subject], directory: Path) -> None:
+def _draw_precisions(subjects: Sequence[Subject], directory: Path) -> dict[str, Any]:
+    """Write the two figures of all precisions; returns what they and the comparisons' show."""
+    from taskvec.figures import captions, titles
     from taskvec.figures import comparison as figures
     from taskvec.output import output_file
 
@@ -365,8 +386,20 @@ def _draw_precisions(subjects: Sequence[Subject], directory: Path) -> None:
         figures.precision_impact(documents, partial)
     with output_file(directory / ULP_FIGURE) as partial:
         figures.rounding_errors(documents, partial)
+    findings = {
+        IMPACT_FIGURE: titles.precision_impact(documents),
+        ULP_FIGURE: titles.rounding_errors(documents),
+    }
+    drawn = {
+        file: {"label": None, **figure}
+        for file, figure in captions.described(findings, captions.VALIDATION).items()
+    }
     for subject in subjects:
         cli.detail(f"      {subject.comparison.summary['certificate']['cost']['sentence']}")
+        place = subject.comparison.output_dir.name
+        for file, figure in subject.comparison.document["figures"].items():
+            drawn[f"{place}/{file}"] = {"label": subject.label, **figure}
+    return drawn
 
 
 def _step(number: int, title: str) -> None:
@@ -405,7 +438,7 @@ def print_result(result: ValidationResult) -> None:
         for summary in result.document["precisions"].values():
             for cause in summary["certificate"]["diagnosis"]:
                 cli.result(f"   Diagnosis: {cause['sentence']}")
-    cli.result(f"📁 Everything is in {result.output_dir}/ ({REPORT} first)")
+    cli.result(f"📁 Everything is in {result.output_dir}/ ({HTML_REPORT} first)")
 
 
 def _inputs(args: argparse.Namespace) -> tuple[str, str]:

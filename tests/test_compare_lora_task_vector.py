@@ -191,7 +191,7 @@ def test_summary_keys_and_json(chain: Path, tmp_path: Path) -> None:
     text = (tmp_path / "out" / "comparison_results.json").read_text()
     document = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} in JSON"))
     assert set(document["summary"]) >= SUMMARY_KEYS
-    assert set(document) == {"inputs", "summary", "parameters"}
+    assert set(document) == {"inputs", "summary", "parameters", "figures"}
     assert len(document["parameters"]) == 35
 
 
