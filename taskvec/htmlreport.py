@@ -27,7 +27,7 @@ _DASH = "–"
 
 KINDS = {
     "lora": "adapter",
-    "cast": "rounding of the base",
+    "cast": "base rounded",
     "unchanged": "unchanged",
     "unexplained": "unexplained",
 }
@@ -87,9 +87,15 @@ class Picture:
 # The name of the parameter is the first column, a row's heading.
 COLUMNS = (
     Column("Precision", "what was merged, or judged", False),
-    Column("Why it changed", "adapter, rounding of the base, unchanged, or unexplained", False),
     Column(
-        "Proof", "the recipe that reproduces every bit, or the bound that every element keeps", False
+        "Why it changed",
+        "by the adapter, because the base was rounded, not at all, or unexplained",
+        False,
+    ),
+    Column(
+        "Proof",
+        "the recipe that reproduces every bit, or the bound that every element keeps",
+        False,
     ),
     Column("Shape", "sorted by elements"),
     Column("Changed", "share of the elements that differ from the base"),

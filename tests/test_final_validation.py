@@ -85,6 +85,7 @@ def test_every_file_of_the_contract_is_written(example: tuple[Path, str]) -> Non
     files = {
         "validation_summary.json",
         "validation_report.txt",
+        "validation_report.html",
         "precision_impact.png",
         "rounding_error_in_ulps.png",
     }

@@ -16,15 +16,15 @@ COMPARISON = {
     "task vector points where the adapter says; a wrong merge falls below the shaded band. Right: "
     "points on the line have the adapter's own length; twice merged or scaled ones lie beside it.",
     "norm_distribution_comparison.png": "How far each parameter moved. Purple circles were moved "
-    "by the adapter. Red triangles moved without it: they are rounding as long as they lie together "
-    "far below the purple ones and carry no cross.",
+    "by the adapter. Red triangles moved without it: they are rounding as long as they lie far "
+    "below the purple ones and carry no cross.",
     "parameter_modification_heatmap.png": "A row per kind of parameter, a column per layer: darker "
     "moved further. What the adapter targets is purple in every layer; an isolated pale, red or "
     "crossed cell is a parameter to look at.",
-    "rounding_error_in_ulps.png": "Measured errors (filled) against what rounding may do (blue). In "
-    "fp16 and bf16 nearly all errors lie left of half an ulp, the cost of storing a weight once; in "
-    "fp32 the rounding of the matrix product itself reaches further, and so does its bound. The "
-    "count at the far right, beyond the bound, has to be 0.",
+    "rounding_error_in_ulps.png": "Measured errors (filled) against what rounding may do (blue). "
+    "In fp16 and bf16 nearly all errors lie left of half an ulp, the cost of storing a weight "
+    "once; in fp32 the rounding of the matrix product itself reaches further, and so does its "
+    "bound. The count at the far right, beyond the bound, has to be 0.",
     "model_architecture_coverage.png": "Which tensors of the model the adapter touches, drawn to "
     "the model's own layout, and how little of the model it stores for that.",
 }
