@@ -7,9 +7,10 @@ like if the merge were wrong.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from taskvec.figures.style import Finding
+if TYPE_CHECKING:  # matplotlib comes with it, which whoever only reads captions does not need
+    from taskvec.figures.style import Finding
 
 COMPARISON = {
     "cosine_similarity_analysis.png": "Left: the nearer to the top, the more exactly a parameter's "
@@ -34,6 +35,40 @@ VALIDATION = {
     "rounding left of the update.",
     "rounding_error_in_ulps.png": COMPARISON["rounding_error_in_ulps.png"],
 }
+
+PRECISION = {
+    "precision_impact.png": "Left: the purple part is what the adapter changed and stays the same; "
+    "the hatched part is there only where the base was subtracted as stored, and vanishes where "
+    "it was rounded first. Right: the further to the right, the more of the update was rounded "
+    "away; at the dashed line nothing is left of it.",
+}
+STRUCTURE = {
+    "task_vector_shares.png": "Which tensors the change is in: a darker cell holds more of ‖T‖², "
+    "and the shares of a row stand beside it. Grey did not change at all.",
+    "task_vector_ranks.png": "How many directions the change of a matrix has. A LoRA's effective "
+    "rank stays below its r; rounding noise, or full training, drives it towards the number of "
+    "rows or columns.",
+}
+CHANGES = {
+    "parameter_changes.png": "All parameters that changed, by the size of the change. Real changes "
+    "and artifacts of rounding are told apart by shape; a gap between them says that rounding is "
+    "too small to matter, an overlap that it is not.",
+}
+MODEL = {
+    "model_structure.png": "A row per parameter of a layer, a cell per layer: purple rings are "
+    "what the adapter changes, grey squares what it leaves alone. The bars at the right tell where "
+    "the elements are. model_structure.svg is the same for print.",
+}
+
+
+def caption_lines(figures: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """A line per figure for the printed report."""
+    return [f"🖼️ {file}: {figure['caption']}" for file, figure in figures.items()]
+
+
+def captioned(captions: Mapping[str, str]) -> dict[str, Any]:
+    """What JSON keeps of figures whose title only the picture has."""
+    return {file: {"caption": caption} for file, caption in captions.items()}
 
 
 def described(findings: Mapping[str, Finding], captions: Mapping[str, str]) -> dict[str, Any]:
