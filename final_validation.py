@@ -12,7 +12,6 @@ certificate holds in every precision, 1 it does not, 2 bad input.
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -34,9 +33,6 @@ SUMMARY, REPORT = "validation_summary.json", "validation_report.txt"
 HTML_REPORT = "validation_report.html"
 IMPACT_FIGURE, ULP_FIGURE = "precision_impact.png", "rounding_error_in_ulps.png"
 STEPS = 6
-
-# Beside the weights, an fp32 model needs activations and the loader's own buffers.
-_MEMORY_FACTOR = 1.3
 
 
 @dataclass(frozen=True)
@@ -140,7 +136,7 @@ def validate(
     if task_vector_path and finetuned_model:
         raise cli.UserError("give either --task_vector_path or --finetuned_model, not both")
     given = task_vector_path is not None or finetuned_model is not None
-    _check_inputs(base_model, lora_path, revision, target, () if given else precisions)
+    validation.check_inputs(base_model, lora_path, revision, target, () if given else precisions)
     device = str(cli.pick_device(device))
     common = {"device": device, "revision": revision}
     if given:
@@ -163,7 +159,7 @@ def validate(
         comparisons,
         checked,
         inputs={
-            **_inputs_of(base_model, lora_path, revision),
+            **validation.inputs_of(base_model, lora_path, revision),
             "judged": finetuned_model or task_vector_path,
         },
         figures=figures,
@@ -265,20 +261,16 @@ def _behaviour(
     from taskvec import behaviour
     from taskvec.checkpoint import open_checkpoint
 
-    with open_checkpoint(base_model, revision) as base:
-        directory, elements = base.directory, sum(i.elements for i in base.tensors.values())
-        architectures = base.config().get("architectures") or [""]
-    if directory is None or not str(architectures[0]).endswith(("ForCausalLM", "LMHeadModel")):
-        return {"skipped": f"{base_model} is not a causal language model with a config.json"}
-    needed, available = int(4 * elements * _MEMORY_FACTOR), _available_memory(device)
-    if available is not None and needed > available:
-        return {
-            "skipped": f"a whole fp32 model needs {needed / 1e9:.1f} GB of memory, "
-            f"{available / 1e9:.1f} GB are free"
-        }
     torch_device = torch.device(device)
-    tokens = behaviour.tokenize(str(directory), prompts or behaviour.DEFAULT_PROMPTS)
-    reference = behaviour.adapter_logits(str(directory), lora_path, tokens, torch_device)
+    with open_checkpoint(base_model, revision) as base:
+        directory, reason = str(base.directory), behaviour.obstacle(base, torch_device)
+    if reason:
+        return {"skipped": reason}
+    try:
+        tokens = behaviour.tokenize(directory, prompts or behaviour.DEFAULT_PROMPTS)
+        reference = behaviour.adapter_logits(directory, lora_path, tokens, torch_device)
+    except cli.UserError as error:  # without a reference there is nothing to compare with
+        return {"skipped": str(error)}
     found: dict[str, Any] = {}
     for subject in subjects:
         entry: dict[str, Agreement] = {}
@@ -287,29 +279,12 @@ def _behaviour(
             entry["merged"] = behaviour.agreement(reference, logits)
         if subject.task_vector:
             logits = behaviour.task_vector_logits(
-                str(directory), subject.task_vector, tokens, torch_device
+                directory, subject.task_vector, tokens, torch_device
             )
             entry["base_plus_task_vector"] = behaviour.agreement(reference, logits)
         found[subject.label] = {name: asdict(value) for name, value in entry.items()}
         _say_behaviour(subject.label, entry)
     return found
-
-
-def _inputs_of(base_model: str, lora_path: str, revision: str | None) -> dict[str, Any]:
-    """What was validated, and what tells its files from others of the same name."""
-    from taskvec.adapter import open_adapter
-    from taskvec.checkpoint import file_sha256, open_checkpoint
-
-    with open_checkpoint(base_model, revision) as base, open_adapter(lora_path, base) as adapter:
-        return {
-            "base_model": base_model,
-            "lora_path": lora_path,
-            "base": base.identity(),
-            "adapter": {
-                path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-                for path in adapter.files
-            },
-        }
 
 
 def _files(subjects: Sequence[Subject], target: Path) -> dict[str, str]:
@@ -331,48 +306,6 @@ def _files(subjects: Sequence[Subject], target: Path) -> dict[str, str]:
                 name = Path(path).resolve().relative_to(target.resolve()).as_posix()
                 files[f"{name}/"] = f"{subject.label}: {what}"
     return files
-
-
-def _check_inputs(
-    base_model: str,
-    lora_path: str,
-    revision: str | None,
-    target: Path,
-    precisions: Sequence[str],
-) -> None:
-    """Refuse before the first byte if the two do not fit together, or the outputs on the disk.
-
-    Raises:
-        UserError: names what does not fit, or what is needed and what is free.
-    """
-    from taskvec.adapter import open_adapter
-    from taskvec.checkpoint import open_checkpoint
-    from taskvec.rounding import FORMATS
-
-    with open_checkpoint(base_model, revision) as base, open_adapter(lora_path, base):
-        elements = sum(info.elements for info in base.tensors.values())
-    # The merged model, at most a dense fp32 task vector, and at most as much in fp32 deltas.
-    needed = sum(elements * (FORMATS[name].dtype.itemsize + 8) for name in precisions)
-    parent = next(path for path in [target.resolve(), *target.resolve().parents] if path.exists())
-    free = shutil.disk_usage(parent).free
-    if needed > free:
-        raise cli.UserError(
-            f"{target}: the outputs may take {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; "
-            "choose another --output_dir or fewer --precisions"
-        )
-
-
-def _available_memory(device: str) -> int | None:
-    """Free bytes on the device, None where the system does not tell."""
-    import torch
-
-    if device.startswith("cuda"):
-        return int(torch.cuda.mem_get_info(torch.device(device))[0])
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.is_file():
-        return None
-    lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-    return int(lines["MemAvailable"].split()[0]) * 1024
 
 
 def _draw_precisions(subjects: Sequence[Subject], directory: Path) -> dict[str, Any]:

@@ -1,17 +1,62 @@
-"""What all the steps of a validation found, as one JSON document with one verdict."""
+"""A validation of all steps: whether its inputs will do, and what was found as one document."""
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
+from taskvec.adapter import open_adapter
 from taskvec.behaviour import FP32_KL_LIMIT
+from taskvec.checkpoint import file_sha256, open_checkpoint
+from taskvec.cli import UserError
+from taskvec.rounding import FORMATS
 
 Document = dict[str, Any]
 
 _LIBRARIES = ("torch", "safetensors", "transformers", "peft", "numpy", "matplotlib")
+
+
+def check_inputs(
+    base_model: str,
+    lora_path: str,
+    revision: str | None,
+    target: Path,
+    precisions: Sequence[str],
+) -> None:
+    """Refuse before the first byte if the two do not fit together, or the outputs on the disk.
+
+    Raises:
+        UserError: names what does not fit, or what is needed and what is free.
+    """
+    with open_checkpoint(base_model, revision) as base, open_adapter(lora_path, base):
+        elements = sum(info.elements for info in base.tensors.values())
+    # The merged model, at most a dense fp32 task vector, and at most as much in fp32 deltas.
+    needed = sum(elements * (FORMATS[name].dtype.itemsize + 8) for name in precisions)
+    parent = next(path for path in [target.resolve(), *target.resolve().parents] if path.exists())
+    free = shutil.disk_usage(parent).free
+    if needed > free:
+        raise UserError(
+            f"{target}: the outputs may take {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; "
+            "choose another --output_dir or fewer --precisions"
+        )
+
+
+def inputs_of(base_model: str, lora_path: str, revision: str | None) -> Document:
+    """What was validated, and what tells its files from others of the same name."""
+    with open_checkpoint(base_model, revision) as base, open_adapter(lora_path, base) as adapter:
+        return {
+            "base_model": base_model,
+            "lora_path": lora_path,
+            "base": base.identity(),
+            "adapter": {
+                path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+                for path in adapter.files
+            },
+        }
 
 
 def document(
