@@ -195,6 +195,19 @@ def test_summary_keys_and_json(chain: Path, tmp_path: Path) -> None:
     assert len(document["parameters"]) == 35
 
 
+def test_the_report_says_what_to_see_in_each_figure(chain: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(chain, out, task_vector_path=chain / "tv_fp16")
+    document = json.loads((out / "comparison_results.json").read_text())
+    lines = (out / "detailed_comparison_report.txt").read_text().splitlines()
+    figures = sorted(path.name for path in out.glob("*.png"))
+    assert sorted(document["figures"]) == figures
+    for file in figures:
+        first = lines[lines.index(file) + 1].strip()
+        assert document["figures"][file]["title"].startswith(first)
+        assert len(document["figures"][file]["caption"]) > 60
+
+
 def tampered(chain: Path, target: Path, change: Any) -> Path:
     tensors = load_file(chain / "tv_fp32" / "task_vector.safetensors")
     change(tensors)

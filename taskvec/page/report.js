@@ -2,7 +2,8 @@
 // Sorts and filters the table of parameters. Of a long table only the first rows are laid out, so
 // that it stays quick; "Show all rows" and printing bring the rest.
 (() => {
-  const MOST = 500;
+  const FIRST = 500;
+  const MORE = 4; // times as many rows at each click
   const table = document.getElementById("table");
   const body = table.tBodies[0];
   const headings = [...table.tHead.rows[0].cells];
@@ -25,7 +26,7 @@
   }));
   let sorted = rows;
   let matching = rows;
-  let showAll = false;
+  let most = FIRST;
 
   const keyOf = (row, column, isNumber) => {
     const cell = row.element.cells[column];
@@ -66,7 +67,7 @@
         (!kind.value || (kind.value === "failed" ? row.failed : row.kind === kind.value)) &&
         (!label || !label.value || row.label === label.value),
     );
-    const shown = showAll ? matching : matching.slice(0, MOST);
+    const shown = matching.slice(0, most);
     show(shown);
     say(shown.length);
     moreLine.hidden = shown.length === matching.length;
@@ -77,7 +78,7 @@
     count.textContent =
       shown === matching.length
         ? `${inWords(shown)} rows${of}, one per parameter and precision.`
-        : `The first ${shown} of ${inWords(matching.length)} rows${of}.`;
+        : `The first ${inWords(shown)} of ${inWords(matching.length)} rows${of}.`;
   };
 
   headings.forEach((heading, column) => {
@@ -91,7 +92,7 @@
   kind.addEventListener("input", update);
   if (label) label.addEventListener("input", update);
   more.addEventListener("click", () => {
-    showAll = true;
+    most *= MORE;
     update();
     table.parentElement.focus();
   });
@@ -99,7 +100,7 @@
     for (const control of [words, kind, label]) if (control) control.value = "";
     for (const heading of headings) heading.removeAttribute("aria-sort");
     sorted = rows;
-    showAll = false;
+    most = FIRST;
     update();
   });
 
