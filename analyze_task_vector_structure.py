@@ -96,6 +96,7 @@ def analyze(
         UserError: an input is unusable, or the two models do not fit together.
     """
     from taskvec.breakdown import breakdown
+    from taskvec.figures import captions
     from taskvec.figures import task_vector as figures
     from taskvec.output import output_directory, write_json
     from taskvec.subject import open_subject
@@ -116,12 +117,16 @@ def analyze(
             "inputs": {"source": subject.vector.source, "ranks": ranks},
             **breakdown(_measure(subject, torch_device, ranks)),
         }
-        write_json(partial / RESULT, content)
         rows = [{"name": name, **entry} for name, entry in content["parameters"].items()]
         write_csv(partial / TABLE, list(rows[0]), rows)
         figures.shares(content, partial / SHARES_FIGURE)
+        drawn = dict(captions.STRUCTURE)
         if content["summary"]["median_stable_rank"] is not None:
             figures.ranks(content, partial / RANKS_FIGURE)
+        else:
+            del drawn[RANKS_FIGURE]
+        content["figures"] = captions.captioned(drawn)
+        write_json(partial / RESULT, content)
     return StructureResult(Path(output_dir), content)
 
 
@@ -139,6 +144,7 @@ def _measure(subject: Subject, device: Any, ranks: bool) -> dict[str, dict[str, 
 
 def print_result(result: StructureResult) -> None:
     """The totals and the groups, the layers unless --quiet, and where it was saved."""
+    from taskvec.figures.captions import caption_lines
     from taskvec.wording import percent
 
     content, summary = result.document, result.summary
@@ -156,6 +162,8 @@ def print_result(result: StructureResult) -> None:
     _print_groups("kind", content["by_kind"], cli.detail)
     _print_groups("layer", content["by_layer"], cli.detail)
     cli.result()
+    for line in caption_lines(result.document["figures"]):
+        cli.detail(line)
     cli.result(f"📁 Saved to: {result.output_dir}/")
 
 

@@ -178,12 +178,13 @@ def compare(
                 storage=Storage(adapter.stored_bytes, 4 * elements, vector.disk_bytes),
                 tolerance=tolerance,
             )
+            content["figures"] = {}
+            if generate_plots:
+                content["figures"] = _draw(content, partial, architecture_analysis)
             write_json(partial / RESULTS, content)
             if detailed_report:
                 text = comparison_report(content, architecture=architecture_analysis)
                 (partial / REPORT).write_text(text, encoding="utf-8")
-            if generate_plots:
-                _draw(content, partial, architecture_analysis)
             return content
 
         content = processes.by_main(conclude)
@@ -236,18 +237,27 @@ def _write_delta(update: Update, writer: TensorFileWriter) -> None:
         writer.write(name, update.delta(start, stop), start)
 
 
-def _draw(content: dict[str, Any], directory: Path, architecture: bool) -> None:
+def _draw(content: dict[str, Any], directory: Path, architecture: bool) -> dict[str, Any]:
+    """Write the figures; returns what each shows, by file name."""
+    from taskvec.figures import captions, titles
     from taskvec.figures import comparison as figures
 
     cli.notice("Drawing figures ...")
+    by_precision = {content["summary"]["certificate"]["precision"]: content}
     figures.cosine_similarity(content, directory / FIGURES[0])
     figures.norm_distribution(content, directory / FIGURES[1])
     figures.modification_heatmap(content, directory / FIGURES[2])
-    figures.rounding_errors(
-        {content["summary"]["certificate"]["precision"]: content}, directory / FIGURES[3]
-    )
+    figures.rounding_errors(by_precision, directory / FIGURES[3])
+    findings = {
+        FIGURES[0]: titles.cosine_similarity(content),
+        FIGURES[1]: titles.norm_distribution(content),
+        FIGURES[2]: titles.modification_heatmap(content),
+        FIGURES[3]: titles.rounding_errors(by_precision),
+    }
     if architecture:
         figures.architecture_coverage(content, directory / ARCHITECTURE_FIGURE)
+        findings[ARCHITECTURE_FIGURE] = titles.architecture_coverage(content)
+    return captions.described(findings, captions.COMPARISON)
 
 
 def print_result(result: ComparisonResult) -> None:

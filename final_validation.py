@@ -12,8 +12,6 @@ certificate holds in every precision, 1 it does not, 2 bad input.
 from __future__ import annotations
 
 import argparse
-import platform
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -26,20 +24,15 @@ from merge_lora import merge
 from taskvec import cli, processes
 
 if TYPE_CHECKING:  # torch is loaded only when there is work to do: --help stays fast
-    from taskvec.adapter import Adapter
     from taskvec.behaviour import Agreement
-    from taskvec.checkpoint import Checkpoint
-    from taskvec.rounding import Format
 
 EXAMPLES = Path(__file__).parent / "examples"
 EXAMPLE_BASE, EXAMPLE_LORA = EXAMPLES / "starcoder2-mini", EXAMPLES / "starcoder2-mini-lora"
 PRECISIONS = ("fp32", "fp16", "bf16")
 SUMMARY, REPORT = "validation_summary.json", "validation_report.txt"
+HTML_REPORT = "validation_report.html"
 IMPACT_FIGURE, ULP_FIGURE = "precision_impact.png", "rounding_error_in_ulps.png"
 STEPS = 6
-
-# Beside the weights, an fp32 model needs activations and the loader's own buffers.
-_MEMORY_FACTOR = 1.3
 
 
 @dataclass(frozen=True)
@@ -125,7 +118,7 @@ def validate(
     Args:
         base_model, lora_path: as in `merge_lora.merge`.
         output_dir: merged_model_*/, task_vectors_*/ and comparison_results_*/ go below it, beside
-            validation_summary.json, validation_report.txt and two figures.
+            validation_report.html, validation_report.txt, validation_summary.json and two figures.
         task_vector_path, finetuned_model: judge this one (at most one of them) instead of
             merging in each of ``precisions``.
         behaviour: compare logits on ``prompts``.
@@ -134,12 +127,16 @@ def validate(
     Raises:
         UserError: an input is unusable, or the disk is too small for the outputs.
     """
+    from taskvec import validation
+
     target = Path(output_dir)
     if task_vector_path and finetuned_model:
         raise cli.UserError("give either --task_vector_path or --finetuned_model, not both")
     given = task_vector_path is not None or finetuned_model is not None
     made = () if given else precisions
-    processes.by_main(lambda: _check_inputs(base_model, lora_path, revision, target, made))
+    processes.by_main(
+        lambda: validation.check_inputs(base_model, lora_path, revision, target, made)
+    )
     device = str(cli.pick_device(device))
     common = {"device": device, "revision": revision}
     if given:
@@ -148,42 +145,54 @@ def validate(
         ]
     else:
         subjects = _make_and_judge(base_model, lora_path, target, precisions, rounding, common)
-    return processes.by_main(
-        lambda: _conclude(
-            base_model, lora_path, subjects, target, behaviour, prompts, device, revision
-        )
-    )
+
+    def conclude() -> ValidationResult:
+        _step(4, "Weigh what each precision keeps")
+        figures = _draw_precisions(subjects, target)
+        _step(5, "Compare behaviour on prompts")
+        checked: dict[str, Any] = {"skipped": "switched off (--no-behaviour)"}
+        if behaviour:
+            checked = _behaviour(base_model, lora_path, subjects, prompts, device, revision)
+        if "skipped" in checked:
+            cli.detail(f"      skipped: {checked['skipped']}")
+        _step(6, "Write the report")
+        inputs = {
+            **validation.inputs_of(base_model, lora_path, revision),
+            "judged": finetuned_model or task_vector_path,
+        }
+        return ValidationResult(target, _report(subjects, target, checked, inputs, figures))
+
+    return processes.by_main(conclude)
 
 
-def _conclude(
-    base_model: str,
-    lora_path: str | Sequence[str],
+def _report(
     subjects: Sequence[Subject],
     target: Path,
-    behaviour: bool,
-    prompts: Sequence[str] | None,
-    device: str,
-    revision: str | None,
-) -> ValidationResult:
-    """Steps 4 to 6: what was compared becomes figures, a report and a verdict."""
+    checked: dict[str, Any],
+    inputs: dict[str, Any],
+    figures: dict[str, Any],
+) -> dict[str, Any]:
+    """Write what was found as a page, as text and as JSON, which is returned."""
+    from taskvec import validation
+    from taskvec.htmlreport import validation_page
     from taskvec.output import output_file, write_json
     from taskvec.textreport import validation_report
 
-    _step(4, "Weigh what each precision keeps")
-    _draw_precisions(subjects, target)
-    _step(5, "Compare behaviour on prompts")
-    checked: dict[str, Any] = {"skipped": "switched off (--no-behaviour)"}
-    if behaviour:
-        checked = _behaviour(base_model, lora_path, subjects, prompts, device, revision)
-    if "skipped" in checked:
-        cli.detail(f"      skipped: {checked['skipped']}")
-    _step(6, "Write the report")
-    document = _document(base_model, lora_path, subjects, checked)
+    comparisons = {subject.label: subject.comparison.document for subject in subjects}
+    document = validation.document(
+        comparisons, checked, inputs=inputs, figures=figures, files=_files(subjects, target)
+    )
+    images = {file: (target / file).read_bytes() for file in figures}
+    texts = {
+        REPORT: validation_report(document),
+        HTML_REPORT: validation_page(document, comparisons, images),
+    }
+    for name, text in texts.items():
+        with output_file(target / name) as partial:
+            partial.write_text(text, encoding="utf-8")
     with output_file(target / SUMMARY) as partial:
         write_json(partial, document)
-    with output_file(target / REPORT) as partial:
-        partial.write_text(validation_report(document), encoding="utf-8")
-    return ValidationResult(target, document)
+    return document
 
 
 def _make_and_judge(
@@ -269,24 +278,16 @@ def _behaviour(
     from taskvec import behaviour
     from taskvec.checkpoint import open_checkpoint
 
-    with open_checkpoint(base_model, revision) as base:
-        directory, elements = base.directory, sum(i.elements for i in base.tensors.values())
-        architectures = base.config().get("architectures")
-    name = architectures[0] if isinstance(architectures, list) and architectures else None
-    if directory is None or not str(name).endswith(("ForCausalLM", "LMHeadModel")):
-        return {"skipped": f"{base_model} is not a causal language model with a config.json"}
-    needed, available = int(4 * elements * _MEMORY_FACTOR), _available_memory(device)
-    if available is not None and needed > available:
-        return {
-            "skipped": f"a whole fp32 model needs {needed / 1e9:.1f} GB of memory, "
-            f"{available / 1e9:.1f} GB are free"
-        }
     torch_device = torch.device(device)
+    with open_checkpoint(base_model, revision) as base:
+        directory, reason = str(base.directory), behaviour.obstacle(base, torch_device)
+    if reason:
+        return {"skipped": reason}
     try:
-        tokens = behaviour.tokenize(str(directory), prompts or behaviour.DEFAULT_PROMPTS)
-    except cli.UserError as error:
+        tokens = behaviour.tokenize(directory, prompts or behaviour.DEFAULT_PROMPTS)
+        reference = behaviour.adapter_logits(directory, lora_path, tokens, torch_device)
+    except cli.UserError as error:  # without a reference there is nothing to compare with
         return {"skipped": str(error)}
-    reference = behaviour.adapter_logits(str(directory), lora_path, tokens, torch_device)
     found: dict[str, Any] = {}
     for subject in subjects:
         entry: dict[str, Agreement] = {}
@@ -295,7 +296,7 @@ def _behaviour(
             entry["merged"] = behaviour.agreement(reference, logits)
         if subject.task_vector:
             logits = behaviour.task_vector_logits(
-                str(directory), subject.task_vector, tokens, torch_device
+                directory, subject.task_vector, tokens, torch_device
             )
             entry["base_plus_task_vector"] = behaviour.agreement(reference, logits)
         found[subject.label] = {name: asdict(value) for name, value in entry.items()}
@@ -303,100 +304,30 @@ def _behaviour(
     return found
 
 
-def _document(
-    base_model: str,
-    lora_path: str | Sequence[str],
-    subjects: Sequence[Subject],
-    checked: dict[str, Any],
-) -> dict[str, Any]:
-    """validation_summary.json: inputs, one entry per precision, behaviour, and the verdict."""
-    import torch
-
-    summaries = {subject.label: subject.comparison.summary for subject in subjects}
-    failures = [
-        f"{label}: {summary['certificate']['reason']}"
-        for label, summary in summaries.items()
-        if not summary["equivalent"]
-    ]
-    failures += _behaviour_failures(summaries, checked)
-    return {
-        "valid": not failures,
-        "failures": failures,
-        "inputs": {"base_model": base_model, "lora_path": cli.adapters(lora_path)},
-        "precisions": summaries,
-        "behaviour": checked,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+def _files(subjects: Sequence[Subject], target: Path) -> dict[str, str]:
+    """What was written, by its place below ``target``, and what it is."""
+    files = {
+        HTML_REPORT: "this result as a page to look at",
+        REPORT: "this result as text",
+        SUMMARY: "this result for programs",
     }
+    for subject in subjects:
+        written = {
+            subject.merged_model: "base + adapter, as AutoModelForCausalLM loads it",
+            subject.task_vector and subject.task_vector.parent: "merged − base, fp32",
+            subject.comparison.output_dir: "every parameter's numbers, the adapter's deltas, a "
+            "text report and figures",
+        }
+        for path, what in written.items():
+            if path and Path(path).resolve().is_relative_to(target.resolve()):
+                name = Path(path).resolve().relative_to(target.resolve()).as_posix()
+                files[f"{name}/"] = f"{subject.label}: {what}"
+    return files
 
 
-def _behaviour_failures(summaries: dict[str, Any], checked: dict[str, Any]) -> list[str]:
-    """In fp32 nothing but rounding may separate the three models; narrower ones only cost."""
-    from taskvec.behaviour import FP32_KL_LIMIT
-
-    return [
-        f"{label}: the {kind.replace('_', ' ')} model does not behave like base + adapter "
-        f"(KL {numbers['max_kl']:.2e} nats)"
-        for label, entry in checked.items()
-        if label in summaries and summaries[label]["certificate"]["precision"] == "fp32"
-        for kind, numbers in entry.items()
-        if numbers["max_kl"] > FP32_KL_LIMIT
-    ]
-
-
-def _check_inputs(
-    base_model: str,
-    lora_path: str | Sequence[str],
-    revision: str | None,
-    target: Path,
-    precisions: Sequence[str],
-) -> None:
-    """Refuse before the first byte if the two do not fit together, or the outputs on the disk.
-
-    Raises:
-        UserError: names what does not fit, or what is needed and what is free.
-    """
-    from taskvec.adapter import open_adapter
-    from taskvec.checkpoint import open_checkpoint
-    from taskvec.rounding import FORMATS
-
-    with open_checkpoint(base_model, revision) as base, open_adapter(lora_path, base) as adapter:
-        needed = sum(_output_bytes(base, adapter, FORMATS[name]) for name in precisions)
-    parent = next(path for path in [target.resolve(), *target.resolve().parents] if path.exists())
-    free = shutil.disk_usage(parent).free
-    if needed > free:
-        raise cli.UserError(
-            f"{target}: the outputs may take {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; "
-            "choose another --output_dir or fewer --precisions"
-        )
-
-
-def _output_bytes(base: Checkpoint, adapter: Adapter, format: Format) -> int:
-    """What a merged model, its task vector (zeros take no disk) and the adapter's deltas take."""
-    from taskvec.rounding import loses
-
-    total = 0
-    for name, info in base.tensors.items():
-        changed = name in adapter.scalings
-        itemsize = format.dtype.itemsize if info.is_float else info.dtype.itemsize
-        itemsize += 4 * (changed + (changed or (info.is_float and loses(info.dtype, format))))
-        total += itemsize * info.elements
-    return total
-
-
-def _available_memory(device: str) -> int | None:
-    """Free bytes on the device, None where the system does not tell."""
-    import torch
-
-    if device.startswith("cuda"):
-        return int(torch.cuda.mem_get_info(torch.device(device))[0])
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.is_file():
-        return None
-    lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-    return int(lines["MemAvailable"].split()[0]) * 1024
-
-
-def _draw_precisions(subjects: Sequence[Subject], directory: Path) -> None:
+def _draw_precisions(subjects: Sequence[Subject], directory: Path) -> dict[str, Any]:
+    """Write the two figures of all precisions; returns what they and the comparisons' show."""
+    from taskvec.figures import captions, titles
     from taskvec.figures import comparison as figures
     from taskvec.output import output_file
 
@@ -405,8 +336,20 @@ def _draw_precisions(subjects: Sequence[Subject], directory: Path) -> None:
         figures.precision_impact(documents, partial)
     with output_file(directory / ULP_FIGURE) as partial:
         figures.rounding_errors(documents, partial)
+    findings = {
+        IMPACT_FIGURE: titles.precision_impact(documents),
+        ULP_FIGURE: titles.rounding_errors(documents),
+    }
+    drawn = {
+        file: {"label": None, **figure}
+        for file, figure in captions.described(findings, captions.VALIDATION).items()
+    }
     for subject in subjects:
         cli.detail(f"      {subject.comparison.summary['certificate']['cost']['sentence']}")
+        place = subject.comparison.output_dir.name
+        for file, figure in subject.comparison.document["figures"].items():
+            drawn[f"{place}/{file}"] = {"label": subject.label, **figure}
+    return drawn
 
 
 def _step(number: int, title: str) -> None:
@@ -445,7 +388,7 @@ def print_result(result: ValidationResult) -> None:
         for summary in result.document["precisions"].values():
             for cause in summary["certificate"]["diagnosis"]:
                 cli.result(f"   Diagnosis: {cause['sentence']}")
-    cli.result(f"📁 Everything is in {result.output_dir}/ ({REPORT} first)")
+    cli.result(f"📁 Everything is in {result.output_dir}/ ({HTML_REPORT} first)")
 
 
 def _inputs(args: argparse.Namespace) -> tuple[str, str | list[str]]:

@@ -215,11 +215,11 @@ def _adopt(entries: dict[str, dict[str, Any]], path: Path, required: bool) -> Pa
 
 
 def _write(content: dict[str, Any], directory: Path) -> None:
+    from taskvec.figures import captions
     from taskvec.figures.task_vector import change_norms
     from taskvec.output import write_json
     from taskvec.tables import write_csv
 
-    write_json(directory / RESULT, content)
     rows = [{"name": name, **entry} for name, entry in content["parameters"].items()]
     write_csv(directory / TABLE, list(rows[0]), rows)
     if content["largest_changes"]:
@@ -229,10 +229,14 @@ def _write(content: dict[str, Any], directory: Path) -> None:
         ]
         write_csv(directory / LARGEST_TABLE, list(largest[0]), largest)
         change_norms(content, directory / FIGURE)
+    content["figures"] = captions.captioned(captions.CHANGES if content["largest_changes"] else {})
+    write_json(directory / RESULT, content)
 
 
 def print_result(result: InvestigationResult) -> None:
     """What changed, why, where and most, and where it was saved."""
+    from taskvec.figures.captions import caption_lines
+
     content, summary = result.document, result.summary
     cli.result(f"🔬 PARAMETER CHANGES in {content['inputs']['source']}:")
     cli.result(
@@ -251,6 +255,8 @@ def print_result(result: InvestigationResult) -> None:
     _print_names(content["parameters"])
     _print_largest(content["largest_changes"])
     cli.result()
+    for line in caption_lines(result.document["figures"]):
+        cli.detail(line)
     cli.result(f"📁 Saved to: {result.output_dir}/")
 
 

@@ -215,12 +215,15 @@ def _document(
     total: int,
     findings: list[str],
 ) -> dict[str, Any]:
+    from taskvec.figures import captions
+
     return {
         "inputs": inputs,
         "reference": reference,
         "total_parameters": total,
         "findings": findings,
         "impacts": rows,
+        "figures": captions.captioned(captions.PRECISION),
     }
 
 
@@ -234,6 +237,7 @@ def _write(content: dict[str, Any], directory: Path) -> None:
 
 def print_result(result: PrecisionResult) -> None:
     """The table, what it says, and where it was saved."""
+    from taskvec.figures.captions import caption_lines
     from taskvec.wording import number, percent, table
 
     total = result.document["total_parameters"]
@@ -269,6 +273,8 @@ def print_result(result: PrecisionResult) -> None:
     cli.result()
     for sentence in result.document["findings"]:
         cli.result(f"💡 {sentence}")
+    for line in caption_lines(result.document["figures"]):
+        cli.detail(line)
     cli.result(f"📁 Saved to: {result.output_dir}/")
 
 

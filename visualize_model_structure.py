@@ -107,6 +107,7 @@ def _document(
     base: Checkpoint, adapter: Adapter | None, lora_path: str | Sequence[str] | None
 ) -> dict[str, Any]:
     from taskvec import structure
+    from taskvec.figures import captions
 
     found = structure.describe(base.tensors, adapter.scalings if adapter else ())
     elements = found["totals"]["elements"]
@@ -123,6 +124,7 @@ def _document(
         if adapter
         else None,
         **found,
+        "figures": captions.captioned(captions.MODEL),
     }
 
 
@@ -145,6 +147,7 @@ def _draw(document: dict[str, Any], directory: Path) -> None:
 
 def print_result(result: StructureResult) -> None:
     """The breakdown: per stack of layers and outside of them, then by block, then the totals."""
+    from taskvec.figures.captions import caption_lines
     from taskvec.wording import percent, size
 
     document = result.document
@@ -173,6 +176,8 @@ def print_result(result: StructureResult) -> None:
             f"💾 It stores {adapter['stored_elements']:,} parameters "
             f"({percent(adapter['stored_share'])}), {size(adapter['stored_bytes'])}"
         )
+    for line in caption_lines(result.document["figures"]):
+        cli.detail(line)
     cli.result(f"📁 Drawn in: {result.output_dir}/ ({', '.join((*FIGURES, RESULT))})")
 
 

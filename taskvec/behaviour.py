@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from taskvec.checkpoint import locate_adapter
+from taskvec.checkpoint import Checkpoint, locate_adapter
 from taskvec.cli import UserError
 from taskvec.conversions import Conversion, conversion_of
 from taskvec.tensorfile import TensorFile, row_blocks
@@ -33,6 +33,9 @@ DEFAULT_PROMPTS = (
 FP32_KL_LIMIT = 1e-4
 
 _BLOCK_ELEMENTS = 1 << 20
+
+# Beside the weights, an fp32 model needs activations and the loader's own buffers.
+_MEMORY_FACTOR = 1.3
 
 
 @dataclass(frozen=True)
@@ -77,22 +80,50 @@ def agreement(reference: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) 
     )
 
 
+def obstacle(base: Checkpoint, device: torch.device) -> str | None:
+    """Why the logits of this base cannot be computed, or None."""
+    architectures = base.config().get("architectures")
+    name = architectures[0] if isinstance(architectures, list) and architectures else None
+    if base.directory is None or not str(name).endswith(("ForCausalLM", "LMHeadModel")):
+        return f"{base.source} is not a causal language model with a config.json"
+    elements = sum(info.elements for info in base.tensors.values())
+    needed, available = int(4 * elements * _MEMORY_FACTOR), available_memory(device)
+    if available is not None and needed > available:
+        return (
+            f"a whole fp32 model needs {needed / 1e9:.1f} GB of memory, "
+            f"{available / 1e9:.1f} GB are free"
+        )
+    return None
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Free bytes on the device, None where the system does not tell."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.is_file():
+        return None
+    lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+    return int(lines["MemAvailable"].split()[0]) * 1024
+
+
 def tokenize(directory: str, prompts: Sequence[str]) -> list[list[int]]:
-    """Token ids of the prompts by the base's own tokenizer.
+    """Token ids of the prompts by the base's own tokenizer; those without any are left out.
 
     Raises:
-        UserError: the base has no tokenizer that transformers can load.
+        UserError: the base has no tokenizer that transformers can load, or it knows no token of
+            the prompts (as the empty one does that transformers makes for some models).
     """
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{directory}: no tokenizer for the behavioural check: {error}") from None
-    found = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-    if not all(found):  # what transformers makes of a tokenizer whose files are not there
-        raise UserError(f"{directory}: its tokenizer finds no tokens in a prompt")
-    return found
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"{directory} has no tokenizer: {_first_line(error)}") from None
+    ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    if not any(ids):
+        raise UserError(f"{directory} has no tokenizer that knows a token of the prompts")
+    return [each for each in ids if each]
 
 
 def adapter_logits(
@@ -101,7 +132,11 @@ def adapter_logits(
     token_ids: Sequence[list[int]],
     device: torch.device,
 ) -> list[torch.Tensor]:
-    """The reference: the base in fp32 with the adapters beside it, unmerged, by PEFT."""
+    """The reference: the base in fp32 with the adapters beside it, unmerged, by PEFT.
+
+    Raises:
+        UserError: transformers cannot load the base, as when it would have to run the model's code.
+    """
     from peft import PeftModel
 
     first, *more = [
@@ -141,12 +176,19 @@ def _model(source: str, device: torch.device) -> Iterator[Any]:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     warnings.simplefilter("ignore", FutureWarning)  # between PEFT and transformers, not the user's
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).to(device)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).to(device)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"transformers cannot load {source}: {_first_line(error)}") from None
     try:
         yield model
     finally:
         del model
         gc.collect()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0].rstrip(".")
 
 
 def _add_task_vector(model: Any, file: TensorFile) -> None:

@@ -83,11 +83,11 @@ def breakdown(entries: Mapping[str, Entry]) -> dict[str, Any]:
     order, layer = layer_groups(entries)
     in_order = {name: entries[name] for name in order}
     return {
-        "summary": _group(entries.values()),
-        "by_layer": _groups(in_order, lambda name, _: layer(name)),
-        "by_block": _groups(entries, lambda _, entry: entry["block"]),
-        "by_module": _groups(entries, lambda _, entry: f"{entry['block']}.{entry['module']}"),
-        "by_kind": _groups(entries, lambda _, entry: entry["kind"]),
+        "summary": _group(entries.values(), total),
+        "by_layer": _groups(in_order, total, lambda name, _: layer(name)),
+        "by_block": _groups(entries, total, lambda _, entry: entry["block"]),
+        "by_module": _groups(entries, total, lambda _, e: f"{e['block']}.{e['module']}"),
+        "by_kind": _groups(entries, total, lambda _, entry: entry["kind"]),
         "parameters": dict(entries),
     }
 
@@ -110,26 +110,30 @@ def _sizes(elements: int, nonzero: int, squared_norm: float, max_abs: float) -> 
     }
 
 
-def _groups(entries: Mapping[str, Entry], label: Callable[[str, Entry], str]) -> dict[str, Any]:
+def _groups(
+    entries: Mapping[str, Entry], total: float, label: Callable[[str, Entry], str]
+) -> dict[str, Any]:
     """Totals of the tensors with the same label, in the order of their first."""
     members: dict[str, list[Entry]] = {}
     for name, entry in entries.items():
         members.setdefault(label(name, entry), []).append(entry)
-    return {key: _group(group) for key, group in members.items()}
+    return {key: _group(group, total) for key, group in members.items()}
 
 
-def _group(members: Iterable[Entry]) -> Entry:
+def _group(members: Iterable[Entry], total: float) -> Entry:
+    """What some tensors hold together; ``total`` is ‖T‖² of all."""
     members = list(members)
+    squared_norm = math.fsum(entry["norm"] ** 2 for entry in members)
     return {
         "tensors": len(members),
         "nonzero_tensors": sum(entry["nonzero_elements"] > 0 for entry in members),
         **_sizes(
             sum(entry["elements"] for entry in members),
             sum(entry["nonzero_elements"] for entry in members),
-            math.fsum(entry["norm"] ** 2 for entry in members),
+            squared_norm,
             max((entry["max_abs"] for entry in members), default=0.0),
         ),
-        "squared_norm_share": math.fsum(entry["squared_norm_share"] for entry in members),
+        "squared_norm_share": squared_norm / total if total else 0.0,
         "median_stable_rank": _median(members, "stable_rank"),
         "median_effective_rank": _median(members, "effective_rank"),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from typing import Any
 
@@ -22,6 +23,8 @@ def comparison_report(content: dict[str, Any], *, architecture: bool) -> str:
     ]
     if architecture:
         sections.append(("ARCHITECTURE", _architecture(content["parameters"], summary)))
+    if content["figures"]:
+        sections.append(("FIGURES", _figures(content["figures"])))
     sections += [
         ("ADAPTED PARAMETERS", _adapted(content["parameters"])),
         ("OTHER CHANGED PARAMETERS", _others(content["parameters"])),
@@ -89,8 +92,19 @@ def validation_report(document: dict[str, Any]) -> str:
         lines += _attribution(summary)
     lines += ["", "BEHAVIOUR (reference: base + adapter, unmerged, in PEFT)", "-" * _WIDTH]
     lines += _behaviour(document["behaviour"])
+    lines += ["", "FIGURES", "-" * _WIDTH, *_figures(document["figures"])]
     lines += ["", "HOW TO READ THIS", "-" * _WIDTH, *_GLOSSARY]
     return "\n".join(lines) + "\n"
+
+
+def _figures(figures: dict[str, Any]) -> list[str]:
+    """Each figure's file, what it found, and what to see in it."""
+    lines = []
+    for file, figure in figures.items():
+        lines.append(file)
+        for text in (figure["title"], figure["caption"]):
+            lines += textwrap.wrap(text, _WIDTH, initial_indent="  ", subsequent_indent="  ")
+    return lines
 
 
 def _behaviour(checked: dict[str, Any]) -> list[str]:

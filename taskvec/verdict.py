@@ -184,8 +184,9 @@ def _violations(comparisons: Sequence[Comparison], names: list[str]) -> list[str
     if non_finite:
         parts.append(f"{_elements(non_finite)} of {listed(names)} are NaN or infinite")
     if outside:
+        verb = "differs" if outside == 1 else "differ"
         parts.append(
-            f"{_elements(outside)} of {listed(names)} differ from the adapter's delta by more than "
+            f"{_elements(outside)} of {listed(names)} {verb} from the adapter's delta by more than "
             "rounding can"
         )
     return parts

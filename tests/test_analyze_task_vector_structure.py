@@ -215,6 +215,8 @@ def test_the_command_writes_json_csv_and_figures(vectors, tmp_path, monkeypatch,
         [script.RESULT, script.TABLE, script.SHARES_FIGURE, script.RANKS_FIGURE]
     )
     document = json.loads((tmp_path / "out" / script.RESULT).read_text())
+    for file in (script.SHARES_FIGURE, script.RANKS_FIGURE):
+        assert f"🖼️ {file}: {document['figures'][file]['caption']}" in out
     with (tmp_path / "out" / script.TABLE).open(newline="") as file:
         rows = {row["name"]: row for row in csv.DictReader(file)}
     assert list(rows) == list(document["parameters"])
@@ -231,6 +233,7 @@ def test_ranks_can_be_left_out(vectors, tmp_path):
     document = json.loads((tmp_path / "out" / script.RESULT).read_text())
     assert document["summary"]["median_stable_rank"] is None
     assert not (tmp_path / "out" / script.RANKS_FIGURE).exists()
+    assert list(document["figures"]) == [script.SHARES_FIGURE]
 
 
 def test_the_figures_state_their_findings(fp16, tmp_path):

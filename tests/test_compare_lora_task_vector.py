@@ -191,8 +191,21 @@ def test_summary_keys_and_json(chain: Path, tmp_path: Path) -> None:
     text = (tmp_path / "out" / "comparison_results.json").read_text()
     document = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} in JSON"))
     assert set(document["summary"]) >= SUMMARY_KEYS
-    assert set(document) == {"inputs", "summary", "parameters"}
+    assert set(document) == {"inputs", "summary", "parameters", "figures"}
     assert len(document["parameters"]) == 35
+
+
+def test_the_report_says_what_to_see_in_each_figure(chain: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(chain, out, task_vector_path=chain / "tv_fp16")
+    document = json.loads((out / "comparison_results.json").read_text())
+    lines = (out / "detailed_comparison_report.txt").read_text().splitlines()
+    figures = sorted(path.name for path in out.glob("*.png"))
+    assert sorted(document["figures"]) == figures
+    for file in figures:
+        first = lines[lines.index(file) + 1].strip()
+        assert document["figures"][file]["title"].startswith(first)
+        assert len(document["figures"][file]["caption"]) > 60
 
 
 def tampered(chain: Path, target: Path, change: Any) -> Path:

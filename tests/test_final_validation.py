@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +15,11 @@ from safetensors.torch import load_file, save_file
 import final_validation
 from extract_task_vectors import extract
 from merge_lora import merge
+from taskvec import validation
 from taskvec.adapter import open_adapter
 from taskvec.checkpoint import open_checkpoint
 from taskvec.rounding import FORMATS
+from tests.checks import edit_json
 from tests.models import make_adapter, make_base
 from tests.test_compare_lora_task_vector import FILES
 
@@ -88,6 +91,7 @@ def test_every_file_of_the_contract_is_written(example: tuple[Path, str]) -> Non
     files = {
         "validation_summary.json",
         "validation_report.txt",
+        "validation_report.html",
         "precision_impact.png",
         "rounding_error_in_ulps.png",
     }
@@ -171,7 +175,7 @@ def test_a_full_disk_is_foreseen(
 def test_a_model_too_large_for_the_memory_is_said_to_be(
     pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(final_validation, "_available_memory", lambda device: 1000)
+    monkeypatch.setattr("taskvec.behaviour.available_memory", lambda device: 1000)
     assert run(pair, tmp_path, "--precisions", "fp32") == 0
     document = json.loads((tmp_path / "validation_summary.json").read_text())
     assert "GB are free" in document["behaviour"]["skipped"]
@@ -190,5 +194,43 @@ def test_the_room_asked_for_is_what_the_tensors_take(example: tuple[Path, str]) 
         merged, vector, deltas = (load_file(file) for file in files)
         stored = [*merged.values(), *deltas.values(), *(t for t in vector.values() if t.any())]
         with open_checkpoint(str(base)) as opened, open_adapter(str(lora), opened) as adapter:
-            needed = final_validation._output_bytes(opened, adapter, FORMATS[precision])
+            needed = validation.output_bytes(opened, adapter, FORMATS[precision])
         assert needed == sum(tensor.nbytes for tensor in stored)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_model_without_a_tokenizer_is_validated_and_the_check_of_behaviour_said_to_be_skipped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], family: str
+) -> None:
+    base = make_base(tmp_path / "base", family)
+    lora = make_adapter(tmp_path / "lora", base)
+    status = final_validation.main(
+        [
+            *("--base_model", str(base), "--lora_path", str(lora), "--precisions", "fp32"),
+            *("--output_dir", str(tmp_path / "out")),
+        ]
+    )
+    output = capsys.readouterr().out
+    assert status == 0
+    assert f"skipped: {base} has no tokenizer" in output
+    page = (tmp_path / "out" / "validation_report.html").read_text()
+    assert f"Skipped: {base} has no tokenizer" in page
+
+
+def test_a_model_that_transformers_cannot_load_is_validated_too(
+    pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that brings its own code, which nothing here runs."""
+    base = tmp_path / "base"
+    shutil.copytree(pair / "base", base)
+    edit_json(base / "config.json", model_type="own", architectures=["OwnForCausalLM"])
+    monkeypatch.setattr("taskvec.behaviour.tokenize", lambda directory, prompts: [[1, 2, 3]])
+    status = final_validation.main(
+        [
+            *("--base_model", str(base), "--lora_path", str(pair / "lora")),
+            *("--precisions", "fp32", "--output_dir", str(tmp_path / "out")),
+        ]
+    )
+    document = json.loads((tmp_path / "out" / "validation_summary.json").read_text())
+    assert status == 0
+    assert document["behaviour"]["skipped"].startswith(f"transformers cannot load {base}: ")

@@ -30,9 +30,9 @@ from taskvec.figures.style import (
     Page,
     label_log_axis,
     scientific,
+    share,
     style,
 )
-from taskvec.mathematics.report import share
 from taskvec.streamstats import magnitude_edges
 from taskvec.wording import percent
 

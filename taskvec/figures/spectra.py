@@ -34,11 +34,11 @@ from taskvec.figures.style import (
     elided,
     label_log_axis,
     scientific,
+    share,
     style,
     tick_step,
 )
 from taskvec.mathematics.document import LOST, RANDOM
-from taskvec.mathematics.report import share
 
 Document = dict[str, Any]
 

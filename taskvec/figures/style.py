@@ -25,6 +25,8 @@ from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
+from taskvec.wording import percent
+
 # Purple and red differ in lightness too, and are told apart with every kind of colour blindness.
 PURPLE, RED = "#54278F", "#E34A33"
 LIGHT_PURPLE, LIGHT_RED = "#D9CCEB", "#FDD5C6"
@@ -239,6 +241,13 @@ def scientific(value: float, digits: int = 1) -> str:
     if mantissa == "1":
         return f"10{superscript(int(exponent))}"
     return f"{mantissa}×10{superscript(int(exponent))}"
+
+
+def share(value: float | None) -> str:
+    """A share as a percentage, a tiny one as 4.4×10⁻⁸, a dash where it is undefined."""
+    if value is None:
+        return "–"
+    return scientific(value) if 0 < value < 1e-5 else percent(value)
 
 
 def superscript(number: int) -> str:
