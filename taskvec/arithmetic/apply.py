@@ -21,7 +21,7 @@ import torch
 from taskvec.arithmetic.several import read_rows
 from taskvec.certificate import Block
 from taskvec.checkpoint import Checkpoint
-from taskvec.modelwriter import RowsFunction
+from taskvec.modelwriter import RowsFunction, stored_format
 from taskvec.rounding import FORMATS, FP32, Format, half_ulp, round_once
 from taskvec.taskvector import StoredTaskVector, TaskVector
 
@@ -95,17 +95,18 @@ class Application:
         if self._vector.is_zero(name):
             return None
         info = self._vector.tensors[name]
+        format = stored_format(self._base, name, self._format)
 
         def rows(base: torch.Tensor, start: int, stop: int) -> list[torch.Tensor]:
             base = base.to(self._device)
             task_vector = read_rows(self._vector, info, start, stop, self._device)
             W = self._subtracted(base)
-            made = [add_scaled(W, task_vector, scale, self._format) for scale in self._scales]
+            made = [add_scaled(W, task_vector, scale, format) for scale in self._scales]
             if self.round_trip is not None:
                 again = made[self._scales.index(1.0)]
                 model = self._merged
                 wrong = _differs(again, model.block(base, name, start, stop)) if model else None
-                self.round_trip.add(self._may_differ(name, W, task_vector), wrong)
+                self.round_trip.add(self._may_differ(name, W, task_vector, format), wrong)
             return [new.cpu() for new in made]
 
         return rows
@@ -116,9 +117,11 @@ class Application:
         wide = base.to(torch.promote_types(base.dtype, torch.float32))
         return rounded.round(wide) if rounded else wide
 
-    def _may_differ(self, name: str, W: torch.Tensor, task_vector: torch.Tensor) -> torch.Tensor:
+    def _may_differ(
+        self, name: str, W: torch.Tensor, task_vector: torch.Tensor, format: Format
+    ) -> torch.Tensor:
         stored = self._vector.base_format or _format_of(self._base.tensors[name].dtype)
-        return may_differ(W, task_vector, stored, self._merged_format, self._format)
+        return may_differ(W, task_vector, stored, self._merged_format, format)
 
 
 def add_scaled(
