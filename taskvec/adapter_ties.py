@@ -38,7 +38,7 @@ def settle_ties(
         UserError: the second is not the same as the first.
     """
     changed = {f"{group.module}.weight": group for group in groups}
-    modules = [*changed, *whole]
+    modules = list(dict.fromkeys([*changed, *whole]))
     heads = [name for name in modules if tied_to(base, name)]
     embedding = tied_to(base, heads[0] if heads else _HEAD)
     if embedding is None:

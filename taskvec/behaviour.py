@@ -89,7 +89,10 @@ def tokenize(directory: str, prompts: Sequence[str]) -> list[list[int]]:
         tokenizer = AutoTokenizer.from_pretrained(directory)
     except (OSError, ValueError) as error:
         raise UserError(f"{directory}: no tokenizer for the behavioural check: {error}") from None
-    return [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    found = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    if not all(found):  # what transformers makes of a tokenizer whose files are not there
+        raise UserError(f"{directory}: its tokenizer finds no tokens in a prompt")
+    return found
 
 
 def adapter_logits(
