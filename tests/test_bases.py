@@ -11,7 +11,14 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForSequenceClassification
+from transformers import (
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForSequenceClassification,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+)
 
 import final_validation
 from compare_lora_task_vector import compare
@@ -378,6 +385,45 @@ def test_names_in_memory_and_names_in_files_are_the_same_model(tiny, tmp_path):
         merge(str(one), str(tmp_path / "adapter"), tmp_path / "m", device="cpu")
         assert_same_bits(weights(tmp_path / "m"), weights(tmp_path / theirs))
         AutoModel.from_pretrained(tmp_path / "m")
+
+
+def test_a_model_of_pictures_and_text_has_its_names_converted_in_both_parts(tmp_path):
+    text = LlamaConfig(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=16,
+        patch_size=8,
+    )
+    torch.manual_seed(0)
+    config = LlavaConfig(text_config=text, vision_config=vision, image_token_index=95)
+    AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path / "base")
+    assert "language_model.model.layers.0.mlp.up_proj.weight" in names_of(tmp_path / "base")
+
+    def opened():
+        return AutoModelForImageTextToText.from_pretrained(tmp_path / "base")
+
+    adapted = get_peft_model(opened(), LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.05)
+    adapted.save_pretrained(tmp_path / "adapter")
+    merge(str(tmp_path / "base"), str(tmp_path / "adapter"), tmp_path / "m", device="cpu")
+    theirs = PeftModel.from_pretrained(opened(), tmp_path / "adapter").merge_and_unload()
+    for name, options in (("old", {}), ("new", {"save_original_format": False})):
+        theirs.save_pretrained(tmp_path / name, **options)
+        verdicts = certify(tmp_path / "base", tmp_path / "adapter", tmp_path / name, tmp_path)
+        assert verdicts == ["exact", "exact"]
+    assert_same_bits(weights(tmp_path / "m"), weights(tmp_path / "old"))
 
 
 def edit_old_names(adapter: Path, target: Path) -> None:
