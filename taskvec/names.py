@@ -23,9 +23,8 @@ Rule = tuple[str, str]
 
 # Causal masks, positions and frequencies, which a model computes when it is made. Older versions of
 # transformers saved them, newer ones do not.
-_BUFFER = re.compile(
-    r"(^|\.)(attn|attention)\.(masked_)?bias$|(^|\.)(inv_freq|position_ids|token_type_ids)$"
-)
+_MASK = re.compile(r"(^|\.)(attn|attention)\.(masked_)?bias$")
+_COMPUTED = re.compile(r"(^|\.)(inv_freq|position_ids|token_type_ids)$")
 
 
 def renaming(
@@ -152,7 +151,7 @@ def aligned(base: Checkpoint, other: Checkpoint, *, partly: bool = False) -> Che
         if info is not None:
             _check_alike(base, other, base.tensors[name], info)
             found[name] = info
-        elif not partly and not _BUFFER.search(name):
+        elif not partly and not _is_buffer(base.tensors[name]):
             raise UserError(f"{other.source}: has no {name}, which {base.source} has")
     _check_extra(base, other, {info.name for info in found.values()})
     if not partly:
@@ -240,11 +239,17 @@ def _check_alike(
         )
 
 
+def _is_buffer(info: TensorInfo) -> bool:
+    """Whether a tensor is computed, not trained. A mask is (1, 1, n, n), or the number it has."""
+    mask = _MASK.search(info.name) and (info.shape == () or info.shape[:2] == (1, 1))
+    return bool(mask or _COMPUTED.search(info.name))
+
+
 def _check_extra(base: Checkpoint, other: Checkpoint, used: Collection[str]) -> None:
     """What the other model has and the base has not can only be a buffer."""
     extra = [name for name in other.tensors if name not in used]
     for name in extra:
-        if not _BUFFER.search(name):
+        if not _is_buffer(other.tensors[name]):
             raise UserError(f"{base.source}: has no {name}, which {other.source} has")
     _say_absent(base, extra)
 

@@ -249,6 +249,15 @@ def test_buffers_are_carried_through_and_may_be_missing_in_one_of_the_models(
         assert "leaves out the buffer model." in capsys.readouterr().err
 
 
+def test_a_trained_bias_with_the_name_of_a_mask_is_not_taken_for_one(llama, tmp_path):
+    extra = {"model.layers.0.attn.bias": torch.ones(32)}
+    base = as_bin(llama, tmp_path / "bin", weights(llama) | extra)
+    with pytest.raises(UserError, match=r"has no model\.layers\.0\.attn\.bias, which"):
+        extract(str(base), str(llama), tmp_path / "tv", device="cpu")
+    with pytest.raises(UserError, match=r"has no model\.layers\.0\.attn\.bias, which"):
+        extract(str(llama), str(base), tmp_path / "tv", device="cpu")
+
+
 # -- names -------------------------------------------------------------------------
 
 
