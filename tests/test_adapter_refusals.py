@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -172,7 +173,7 @@ def test_a_quantised_base_is_called_that_and_not_misshapen(llama, llama_lora, co
     refused(base, llama_lora, r"is quantised \(bitsandbytes\)")
 
 
-WRONG_PARTS = {
+WRONG_PARTS: dict[str, tuple[str, dict[str, Any], Any, str]] = {
     "token beyond the vocabulary": (
         "tokens",
         {"trainable_token_indices": [5, 1, 96]},
