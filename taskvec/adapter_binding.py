@@ -114,6 +114,11 @@ class _Binding:
                 if present in tensors
                 else f"{self.file.path}: {group.module} has a {next(iter(tensors))} but no factors"
             )
+        for info in (tensors[A], tensors[B]):
+            if len(info.shape) < 2:
+                raise UserError(
+                    f"{info.path}: {info.name}: {info.dtype} {info.shape} is no LoRA factor"
+                )
         named = self.config.parameters_of(group.module)
         if named:
             self._add_to_parameter(group, named)
@@ -357,11 +362,6 @@ class _Binding:
         rank, scaling = self.config.scaling(named)
         found_A, found_B = group.tensors[A], group.tensors[B]
         wanted = rank * matrices
-        if len(found_A.shape) < 2 or len(found_B.shape) < 2:
-            thin = found_A if len(found_A.shape) < 2 else found_B
-            raise UserError(
-                f"{thin.path}: {thin.name}: {thin.dtype} {thin.shape} is no LoRA factor"
-            )
         if found_A.shape[0] != wanted or found_B.shape[1] != wanted:
             times = f" for each of {matrices} matrices" if matrices > 1 else ""
             raise UserError(
