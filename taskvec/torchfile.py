@@ -128,7 +128,8 @@ def _load(path: Path, device: str) -> dict[str, torch.Tensor]:
         UserError: torch refuses it, or it holds anything but strided tensors by name.
     """
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             content: Any = torch.load(path, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
