@@ -156,8 +156,13 @@ def _claim(partial: Path) -> int:
             shutil.rmtree(partial)
         finally:
             os.close(stale)
-    partial.mkdir()
-    return _lock(partial)
+    try:
+        partial.mkdir()
+        return _lock(partial)
+    except KeyboardInterrupt:
+        with contextlib.suppress(OSError):
+            partial.rmdir()
+        raise
 
 
 def _lock(directory: Path) -> int:

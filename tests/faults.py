@@ -218,7 +218,7 @@ class _Counter:
             return call.changes_disk()
         if self._count == "reads" and self._file is not None:
             return call.reads(self._file)
-        return self._count == "all"
+        return bool(self._count == "all")
 
     def _do(self, pid: int) -> None:
         if self._act == "shrink" and self._file is not None:

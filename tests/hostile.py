@@ -31,15 +31,15 @@ SECONDS = 20  # of the processor for one case, hundreds of times what any takes
 LONGEST_LINE = 2000
 
 PREFIX = "base_model.model."
-BASE = {
+BASE: dict[str, Any] = {
     "a.weight": np.arange(12, dtype=np.float32).reshape(4, 3) / 8,
     "b.weight": np.array([1.5, -2.0, 0.25], dtype=np.float16),
     "ids": np.array([3, 1], dtype=np.int64),
 }
 A = np.array([[1, -2, 3], [0.5, 0.25, -1]], dtype=np.float32)
 B = np.array([[1, 0], [0, 2], [-1, 1], [3, 0.5]], dtype=np.float32)
-LORA = {f"{PREFIX}a.lora_A.weight": A, f"{PREFIX}a.lora_B.weight": B}
-VECTOR = {"a.weight": np.float32(2) * (B @ A), "b.weight": np.zeros(3, np.float32)}
+LORA: dict[str, Any] = {f"{PREFIX}a.lora_A.weight": A, f"{PREFIX}a.lora_B.weight": B}
+VECTOR: dict[str, Any] = {"a.weight": np.float32(2) * (B @ A), "b.weight": np.zeros(3, np.float32)}
 LORA_CONFIG: dict[str, Any] = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
 CONFIG: dict[str, Any] = {"architectures": ["TinyForCausalLM"], "dtype": "float32"}
 
@@ -59,7 +59,7 @@ def cases(count: int) -> settings:
     )
 
 
-def header_and_data(tensors: dict[str, np.ndarray]) -> tuple[Header, bytes]:
+def header_and_data(tensors: dict[str, Any]) -> tuple[Header, bytes]:
     """A safetensors header, as a dict, and the bytes that follow it."""
     header: Header = {"__metadata__": {"format": "pt"}}
     data = b""

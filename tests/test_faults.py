@@ -227,7 +227,7 @@ def test_files_that_may_not_grow(script, largest, place):
 @pytest.fixture
 def small_disk(tmp_path):
     """Mounts a file system of so many KiB below the test's directory."""
-    mounted = []
+    mounted: list[Path] = []
 
     def mount(kib, *options):
         target = tmp_path / f"disk-{len(mounted)}"

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -114,11 +115,11 @@ def test_a_spoilt_adapter_config(sandbox, content, script):
     sandbox.clear()
 
 
-def check_scaling(sandbox: Sandbox, config: dict) -> None:
+def check_scaling(sandbox: Sandbox, config: dict[str, Any]) -> None:
     """The delta is scaled as PEFT scales it."""
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    rank = ranks.get(get_pattern_key(list(ranks), "a"), config.get("r"))
-    alpha = alphas.get(get_pattern_key(list(alphas), "a"), config.get("lora_alpha"))
+    rank: Any = ranks.get(get_pattern_key(list(ranks), "a"), config.get("r"))
+    alpha: Any = alphas.get(get_pattern_key(list(alphas), "a"), config.get("lora_alpha"))
     scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     merged = load_file(sandbox.out / "model.safetensors")["a.weight"].double().numpy()
     expected = BASE["a.weight"].astype(np.float64) + scaling * (B @ A).astype(np.float64)
@@ -181,7 +182,7 @@ def test_a_spoilt_config(sandbox, content, script):
 
 
 @pytest.fixture(scope="module")
-def results(sandbox: Sandbox) -> dict:
+def results(sandbox: Sandbox) -> Any:
     """What compare_lora_task_vector.py writes about the sandbox."""
     assert sandbox.run("compare_lora_task_vector").status == 0
     found = json.loads((sandbox.out / "comparison_results.json").read_text("utf-8"))

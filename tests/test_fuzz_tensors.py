@@ -9,6 +9,7 @@ import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,7 +44,7 @@ SIZES = st.one_of(st.integers(0, 6), st.sampled_from([12, 48, 2**31, 2**61, 2**6
 
 
 @st.composite
-def consistent_entries(draw: st.DrawFn, tensors: dict[str, np.ndarray]) -> bytes:
+def consistent_entries(draw: st.DrawFn, tensors: dict[str, Any]) -> bytes:
     """A file whose entries have other names, dtypes and shapes, but fit the bytes that follow."""
     entries, data = {}, b""
     for name, array in tensors.items():
@@ -78,7 +79,7 @@ def consistent_entries(draw: st.DrawFn, tensors: dict[str, np.ndarray]) -> bytes
 
 
 @st.composite
-def spoilt_files(draw: st.DrawFn, tensors: dict[str, np.ndarray]) -> bytes:
+def spoilt_files(draw: st.DrawFn, tensors: dict[str, Any]) -> bytes:
     """A safetensors file that is damaged in one of many ways."""
     header, data = header_and_data(tensors)
     kind = draw(st.sampled_from(["entries", "entries", "bytes", "length", "text", "fit", "values"]))
@@ -215,7 +216,7 @@ def test_a_spoilt_task_vector(sandbox, content, metadata, precision, script):
 # -- .bin files ----------------------------------------------------------------
 
 
-def bin_bytes(tensors: dict[str, np.ndarray], zipped: bool) -> bytes:
+def bin_bytes(tensors: dict[str, Any], zipped: bool) -> bytes:
     """What torch.save writes, in its present format or in the one from before torch 1.6."""
     buffer = io.BytesIO()
     state = {name: torch.from_numpy(array) for name, array in tensors.items()}
@@ -304,7 +305,7 @@ def test_a_spoilt_index(sharded, content):
         if ending.status == 0:
             index = sharded.out / Path(INDEX).name
             files = json.loads(index.read_bytes())["weight_map"].values() if index.exists() else ()
-            merged = {}
+            merged: dict[str, torch.Tensor] = {}
             for file in set(files) or ["model.safetensors"]:
                 merged |= load_file(sharded.out / file)
             assert sorted(merged) == sorted(json.loads(content)["weight_map"])

@@ -344,7 +344,7 @@ def info(*shape):
 def test_blocks_cover_every_row_once(rows, columns, elements):
     blocks = list(row_blocks(info(rows, columns), elements))
     assert [row for start, stop in blocks for row in range(start, stop)] == list(range(rows))
-    most = max(1, elements // max(1, columns))
+    most = max(1, elements // columns if columns else rows)  # rows of nothing are one block
     assert all(stop - start <= most for start, stop in blocks)
 
 
