@@ -47,6 +47,7 @@ _DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
 
 # Linux's own call: Python's posix_fallocate writes zeros where the file system cannot do it.
 _fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
@@ -411,6 +412,8 @@ def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _tensor_info(path: Path, name: str, entry: Any, data: int) -> TensorInfo:
     if not isinstance(entry, dict):
         raise UserError(f"{path}: {name}: damaged header entry")
+    if unknown := entry.keys() - _ENTRY_KEYS:
+        raise UserError(f"{path}: {name}: header entry with the unknown key {min(unknown)!r}")
     dtype: Any = entry.get("dtype")
     shape: Any = entry.get("shape")
     offsets: Any = entry.get("data_offsets")
