@@ -249,7 +249,10 @@ DAMAGED = {
     ),
     "metadata a list": (raw({"__metadata__": [], "a": entry()}), "__metadata__ must map strings"),
     "metadata with a number": (raw({"__metadata__": {"x": 1}, "a": entry()}), "must map strings"),
-    "entry with more": (raw({"a": {**entry(), "x": 10**400}}), "a: header entry with the unknown key"),
+    "entry with more": (
+        raw({"a": {**entry(), "x": 10**400}}),
+        "a: header entry with the unknown key",
+    ),
     "entry a list": (raw({"a": [1]}), "a: damaged header entry"),
     "dtype missing": (raw({"a": without("dtype")}), "a: unsupported dtype None"),
     "dtype unknown": (raw({"a": entry("F4711")}), "a: unsupported dtype 'F4711'"),
