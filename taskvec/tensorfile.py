@@ -141,14 +141,33 @@ class TensorFile:
         return buffer.view(info.dtype).view(shape)
 
     def is_hole(self, info: TensorInfo) -> bool:
-        """True if the file system knows that these bytes were never written (they read as zero)."""
+        """True if the file system knows that these bytes were never written (they read as zero).
+
+        It knows of whole blocks. The first and the last may be shared with a neighbour that was
+        written: what is the tensor's own in them is read.
+        """
         if not hasattr(os, "SEEK_DATA"):
             return False
+        block = os.fstat(self._fd).st_blksize
+        inner = (-(-info.offset // block) * block, info.end // block * block)
+        if inner[0] >= inner[1]:
+            return self._is_unwritten(info.offset, info.end)
+        return (
+            self._is_unwritten(*inner)
+            and self._is_zero(info.offset, inner[0])
+            and self._is_zero(inner[1], info.end)
+        )
+
+    def _is_unwritten(self, begin: int, end: int) -> bool:
         try:
-            data = os.lseek(self._fd, info.offset, os.SEEK_DATA)
+            return os.lseek(self._fd, begin, os.SEEK_DATA) >= end
         except OSError as error:  # ENXIO: no data from here to the end of the file
             return error.errno == errno.ENXIO
-        return data >= info.offset + info.nbytes
+
+    def _is_zero(self, begin: int, end: int) -> bool:
+        found = bytearray(end - begin)
+        self._read_into(memoryview(found), begin)
+        return not any(found)
 
     def copy_range(self, offset: int, nbytes: int, target_fd: int, target_offset: int) -> None:
         """Copy bytes to another file inside the kernel, or through memory where it cannot."""
