@@ -104,6 +104,8 @@ def _print_contents(report: AdapterReport) -> None:
 
     config = report.config
     kind = "rsLoRA" if config["use_rslora"] else config["peft_type"]
+    if config["use_dora"]:
+        kind = f"{kind} with DoRA"
     targets = config["target_modules"]
     shown = ", ".join(map(str, targets)) if isinstance(targets, list) else targets
     cli.detail(f"🔎 {report.path}")
@@ -116,6 +118,8 @@ def _print_contents(report: AdapterReport) -> None:
         f"   {report.tensors} tensors, {len(report.factors)} modules, {report.elements:,} "
         f"parameters, {size(report.nbytes)}"
     )
+    for words, count in report.beside.items():
+        cli.detail(f"   beside the factors: {count} {words}")
     cli.detail()
     header = ["module", "pairs", "A", "B", "s", "dtype", "‖A‖", "‖B‖", "‖s B A‖"]
     for line in table(header, _factor_rows(report.factors)):
@@ -199,7 +203,7 @@ def _print_problem(problem: Problem) -> None:
 
 def _body(args: argparse.Namespace) -> int:
     report = debug(
-        cli.adapters(cli.lora_path(args) or ""),
+        cli.adapters(cli.lora_path(args)),
         args.base_model,
         output_dir=args.output_dir,
         revision=args.revision,

@@ -281,7 +281,10 @@ def _behaviour(
 
 
 def _document(
-    base_model: str, lora_path: str, subjects: Sequence[Subject], checked: dict[str, Any]
+    base_model: str,
+    lora_path: str | Sequence[str],
+    subjects: Sequence[Subject],
+    checked: dict[str, Any],
 ) -> dict[str, Any]:
     """validation_summary.json: inputs, one entry per precision, behaviour, and the verdict."""
     import torch
@@ -414,9 +417,9 @@ def print_result(result: ValidationResult) -> None:
 def _inputs(args: argparse.Namespace) -> tuple[str, str | list[str]]:
     """Base and adapters as given, or the bundled pair."""
     lora_path = cli.lora_path(args)
-    if (args.base_model is None) != (lora_path is None):
+    if (args.base_model is None) != (not lora_path):
         raise cli.UserError("give both --base_model and --lora_path, or neither for the example")
-    if lora_path is not None:
+    if lora_path:
         return args.base_model, lora_path
     return _short(EXAMPLE_BASE), _short(EXAMPLE_LORA)
 

@@ -338,7 +338,7 @@ def _body(args: argparse.Namespace) -> int:
         task_vector_path=path,
         finetuned_model=args.finetuned_model,
         base_model=args.base_model,
-        lora_path=cli.lora_path(args),
+        lora_path=cli.lora_path(args) or None,
         comparison=comparison,
         comparison_required=args.comparison is not None,
         top_k=args.top_k,

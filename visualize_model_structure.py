@@ -228,7 +228,10 @@ def _print_table(header: list[str], rows: list[list[str]]) -> None:
 
 def _body(args: argparse.Namespace) -> int:
     result = visualize(
-        args.base_model, args.output_dir, lora_path=cli.lora_path(args), revision=args.revision
+        args.base_model,
+        args.output_dir,
+        lora_path=cli.lora_path(args) or None,
+        revision=args.revision,
     )
     print_result(result)
     return cli.EXIT_OK

@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 
 from taskvec.adapter_binding import bind
-from taskvec.adapter_keys import Key, key_of
 from taskvec.adapter_parts import LowRankPart, Part, ReplacementPart, TokensPart
 from taskvec.checkpoint import Checkpoint, locate_adapter
 from taskvec.cli import UserError
@@ -148,12 +147,6 @@ def open_weights(path: Path) -> TensorFile:
     if pickled.is_file():
         return TorchFile(pickled)
     raise UserError(f"{path}: holds no {WEIGHTS_FILES[0]}; PEFT's save_pretrained() writes one")
-
-
-def factor_of(name: str) -> tuple[str, str] | None:
-    """The module and side ("A" or "B") of an adapter tensor; None if it is no LoRA factor."""
-    key: Key | None = key_of(name)
-    return (key.module, key.role) if key is not None and key.role in ("A", "B") else None
 
 
 def _check_order(name: str, parts: Sequence[Part]) -> None:

@@ -11,20 +11,28 @@ import torch
 from taskvec.adapter_keys import BIAS, MAGNITUDE, TOKENS, A, B, Group, grouped_keys
 from taskvec.adapter_parts import (
     BiasPart,
+    ExpertPart,
     ExpertsPart,
     LowRankPart,
     Part,
     ReplacementPart,
     TokensPart,
 )
+from taskvec.adapter_promises import (
+    check_promises,
+    check_saved,
+    checked_magnitude,
+    checked_scaling,
+)
+from taskvec.adapter_ties import settle_ties
 from taskvec.checkpoint import Checkpoint
 from taskvec.cli import UserError
+from taskvec.conversions import conversion_of
 from taskvec.lora_config import LoraConfig
-from taskvec.names import renaming
+from taskvec.names import Piece, is_expert, pieces, renaming
 from taskvec.tensorfile import TensorFile, TensorInfo, row_blocks
-from taskvec.ties import tied_to, untie
+from taskvec.ties import tied_to
 
-_HEAD = "lm_head.weight"
 _COMPARED_ELEMENTS = 1 << 20
 
 
@@ -36,8 +44,9 @@ def bind(file: TensorFile, config: LoraConfig, base: Checkpoint) -> dict[str, li
             the base has not got, a shape that does not fit; each is named.
     """
     groups, whole = grouped_keys(file.path, file.tensors)
-    _check_whole(file, config, whole)
+    check_promises(file, config, groups, whole)
     binding = _Binding(file, config, base, groups, whole)
+    binding.check_saved(whole)
     for group in groups:
         binding.add_group(group)
     for name, info in whole.items():
@@ -65,12 +74,28 @@ class _Binding:
         own = [
             group.module
             for group in groups
-            if not config.parameters_of(group.module) and not _is_head(group.module)
+            if not config.parameters_of(group.module)
+            and not tied_to(base, f"{group.module}.weight")
         ]
-        self._rename = renaming(own, base)
-        self._untie(groups, whole)
+        named = [name for group in groups for name in config.parameters_of(group.module)]
+        self._rename = renaming(own, base, named)
+        self._pieces = pieces(base)
+        self._refuse_if_strange([*own, *named])
+        settle_ties(file, config, base, groups, whole, self._rename)
         self._squares: list[tuple[str, LowRankPart]] = []
         self._shown: dict[str, bool] = {}
+
+    def _refuse_if_strange(self, adapted: Sequence[str]) -> None:
+        """An adapter of which nothing is found has names of its own, or is of another model."""
+        found = any(
+            self._shape(name) is not None for each in adapted for name in (each, f"{each}.weight")
+        )
+        if adapted and not found:
+            raise UserError(
+                f"{self.file.path}: adapts {adapted[0]}, which {self.base.source} has not got, nor "
+                "any other that it adapts; give the base that it was trained on, and if it is that "
+                "one, load it in transformers and save it with save_original_format=False"
+            )
 
     # -- one wrapper of one module ---------------------------------------------------
 
@@ -88,6 +113,11 @@ class _Binding:
                 if present in tensors
                 else f"{self.file.path}: {group.module} has a {next(iter(tensors))} but no factors"
             )
+        for info in (tensors[A], tensors[B]):
+            if len(info.shape) < 2:
+                raise UserError(
+                    f"{info.path}: {info.name}: {info.dtype} {info.shape} is no LoRA factor"
+                )
         named = self.config.parameters_of(group.module)
         if named:
             self._add_to_parameter(group, named)
@@ -97,20 +127,25 @@ class _Binding:
     def _add_to_module(self, group: Group) -> None:
         """LoRA on a linear layer, GPT-2's Conv1D, an embedding or a convolution."""
         name, info = self._find(f"{group.module}.weight", group.module)
-        scaling = self._checked_scaling(group, group.module, 1)
+        scaling = checked_scaling(self.file, self.config, group, group.module, 1)
         factors = group.tensors[A], group.tensors[B]
-        magnitude = self._magnitude(group)
+        magnitude = checked_magnitude(self.file, self.config, group)
         part = LowRankPart(
             self.file,
             *factors,
             scaling,
             transposed=group.embedding,
-            rounds_delta=group.embedding or self.config.rounds_delta,
+            rounds_delta=group.embedding or self.config.rounds_delta or self._is_fused(name),
             magnitude=magnitude,
         )
         if len(info.shape) > 2:
             self._check_convolution(group, name, info)
             part = dataclasses.replace(part, stored=info.shape)
+        elif any(len(factor.shape) != 2 for factor in factors):
+            raise UserError(
+                f"{self.file.path}: {group.module}: lora_A {factors[0].shape} and lora_B "
+                f"{factors[1].shape} are no factors of a matrix, as {name} in {self.base.source} is"
+            )
         elif group.embedding:
             self._check_shape(group, name, info, (factors[0].shape[1], factors[1].shape[0]))
         else:
@@ -127,10 +162,20 @@ class _Binding:
         self._add(name, part)
         self._add_bias(group, scaling)
 
+    def _is_fused(self, name: str) -> bool:
+        """Whether PEFT adapts this module's weight as a parameter, since transformers 5 fuses it.
+
+        That holds for experts, and for the router beside them.
+        """
+        experts = conversion_of(self.base.config()).experts
+        return is_expert(self.base, name) or (
+            experts is not None and name.endswith((".mlp.gate.weight", "_moe.gate.weight"))
+        )
+
     def _add_to_parameter(self, group: Group, named: Sequence[str]) -> None:
         """LoRA on a parameter that target_parameters names: a matrix, or a stack of them."""
         fits = [name for name in named if self._fits(group, self._rename(name))]
-        missing = [name for name in named if self._rename(name) not in self.base.tensors]
+        missing = [name for name in named if self._shape(name) is None]
         if len(missing) == len(named):
             raise UserError(
                 f"{self.file.path}: adapts {' and '.join(named)}, which {self.base.source} has not "
@@ -143,11 +188,13 @@ class _Binding:
                 f"{self.file.path}: {group.module}: {shapes} fit "
                 f"{'both' if fits else 'none of'} {choice}, so it is not known what they adapt"
             )
+        if apart := self._pieces.get(self._rename(fits[0])):
+            self._add_to_pieces(group, fits[0], apart)
+            return
         name, info = self._find(fits[0], fits[0])
         experts = info.shape[0] if len(info.shape) == 3 else 1
-        scaling = self._checked_scaling(group, fits[0], experts)
-        if BIAS in group.tensors or MAGNITUDE in group.tensors:
-            raise UserError(f"{self.file.path}: {fits[0]}: PEFT has no bias or DoRA for parameters")
+        scaling = checked_scaling(self.file, self.config, group, fits[0], experts)
+        self._refuse_extras(group, fits[0])
         factors = group.tensors[A], group.tensors[B]
         if experts == 1:
             stored = info.shape if len(info.shape) == 3 else None
@@ -157,6 +204,25 @@ class _Binding:
             part = ExpertsPart(self.file, *factors, scaling, experts, transposed)
         self._add(name, part)
 
+    def _add_to_pieces(self, group: Group, parameter: str, apart: Sequence[Piece]) -> None:
+        """LoRA on experts that are fused in memory, and lie one by one in the base's file."""
+        experts = len(apart) // apart[0].parts
+        scaling = checked_scaling(self.file, self.config, group, parameter, experts)
+        self._refuse_extras(group, parameter)
+        factors = group.tensors[A], group.tensors[B]
+        whole = ExpertsPart(self.file, *factors, scaling, experts, transposed=False)
+        for piece in apart:
+            name, info = self._find(piece.name, piece.name)
+            rows, columns = factors[1].shape[0] // piece.parts, factors[0].shape[1]
+            self._check_shape(group, name, info, (rows, columns))
+            self._add(name, ExpertPart(whole, piece))
+
+    def _refuse_extras(self, group: Group, parameter: str) -> None:
+        if BIAS in group.tensors or MAGNITUDE in group.tensors:
+            raise UserError(
+                f"{self.file.path}: {parameter}: PEFT has no bias or DoRA for parameters"
+            )
+
     def _is_transposed(self, group: Group, name: str, info: TensorInfo) -> bool:
         """Whether a stack's matrices are stored (in, out); the shape of a square one cannot say."""
         into, out = group.tensors[A].shape[1], group.tensors[B].shape[0]
@@ -165,7 +231,7 @@ class _Binding:
         kind = self.base.config().get("model_type")
         if kind in _TRANSPOSED_EXPERTS:
             return True
-        if kind in _EXPERTS_BY_OUTPUT:
+        if kind in _EXPERTS_BY_OUTPUT or conversion_of(self.base.config()).experts:
             return False
         raise UserError(
             f"{self.file.path}: {name} in {self.base.source} holds square matrices {info.shape}, "
@@ -196,7 +262,13 @@ class _Binding:
 
     def _add_bias(self, group: Group, scaling: float) -> None:
         """lora_bias: the bias of lora_B is added to the module's own."""
-        bias = group.tensors.get(BIAS)
+        bias, wanted = group.tensors.get(BIAS), bool(self.config.values.get("lora_bias"))
+        if (bias is not None) != (wanted and not group.embedding):
+            has = "no lora_B.bias" if bias is None else "lora_B.bias"
+            raise UserError(
+                f"{self.file.path}: {group.module} has {has}, but lora_bias is {wanted} in "
+                f"{self.config.file.name}"
+            )
         if bias is None:
             return
         name, info = self._find(f"{group.module}.bias", f"{group.module}.bias")
@@ -206,6 +278,12 @@ class _Binding:
     # -- whole tensors ----------------------------------------------------------------
 
     def add_whole(self, parameter: str, info: TensorInfo) -> None:
+        if self._rename(parameter) not in self.base.tensors:
+            raise UserError(
+                f"{info.path}: replaces {parameter}, which {self.base.source} has not got; load "
+                "the base in transformers with the head that was trained (AutoModelFor...), save "
+                "it, and merge into that"
+            )
         name, found = self._find(parameter, parameter)
         if found.shape != info.shape:
             raise UserError(
@@ -237,52 +315,10 @@ class _Binding:
             for start, stop in row_blocks(mine, _COMPARED_ELEMENTS)
         )
 
-    # -- ties -------------------------------------------------------------------------
-
-    def _untie(self, groups: Sequence[Group], whole: dict[str, TensorInfo]) -> None:
-        """Make a tied head a parameter where the adapter changes it or the embedding alone.
-
-        Trainable tokens of the embedding count for both, as in PEFT. So does what
-        ensure_weight_tying keeps alike, which PEFT writes twice.
-        """
-        changed = {f"{group.module}.weight": group for group in groups}
-        modules = [*changed, *whole]
-        heads = [name for name in modules if tied_to(self.base, name)]
-        embedding = tied_to(self.base, heads[0] if heads else _HEAD)
-        if embedding is None:
-            return
-        ours = next((n for n in modules if n not in heads and self._rename(n) == embedding), None)
-        if self.config.values.get("ensure_weight_tying") and ours is not None:
-            self._drop_twin(changed, whole, ours)
-            return
-        both = ours in changed and TOKENS in changed[ours].tensors if ours else False
-        for head in heads or ([_HEAD] if ours is not None and not both else []):
-            untie(self.base, head)
-
-    def _drop_twin(
-        self, changed: dict[str, Group], whole: dict[str, TensorInfo], embedding: str
-    ) -> None:
-        """Leave out what PEFT wrote for a head that it kept tied, once it is seen to be the same.
-
-        Raises:
-            UserError: it is not the same.
-        """
-        pairs: list[tuple[TensorInfo, TensorInfo]] = []
-        if _HEAD in changed and embedding in changed:
-            head, source = changed[_HEAD].tensors, changed[embedding].tensors
-            pairs = [(head[A], source[B]), (head[B], source[A])]
-            changed[_HEAD].tensors.clear()
-        elif _HEAD in whole and embedding in whole:
-            pairs = [(whole[_HEAD], whole[embedding])]
-        for twin, original in pairs:
-            mine, other = self.file.read(twin), self.file.read(original)
-            if not torch.equal(mine, other.T if mine.shape != other.shape else other):
-                raise UserError(
-                    f"{self.file.path}: {twin.name} is not {original.name}, although "
-                    f"ensure_weight_tying is set in {self.config.file.name}"
-                )
-        if pairs:
-            whole.pop(_HEAD, None)
+    def check_saved(self, whole: dict[str, TensorInfo]) -> None:
+        """Modules of the base that modules_to_save names must be in the file, all of them."""
+        held = {self._rename(name) for name in whole}
+        check_saved(self.file, self.config, self.base, held)
 
     # -- checks -----------------------------------------------------------------------
 
@@ -290,6 +326,12 @@ class _Binding:
         """The base's name for a parameter, and where it lies."""
         name = self._rename(parameter)
         info = self.base.tensors.get(name)
+        if info is None and is_expert(self.base, parameter):
+            raise UserError(
+                f"{self.file.path}: adapts {adapted}, but {self.base.source} lacks it, or has its "
+                "experts fused where the adapter has them one by one; use the base as it was "
+                "published"
+            )
         if info is None:
             raise UserError(
                 f"{self.file.path}: adapts {adapted}, which {self.base.source} has not got"
@@ -303,40 +345,6 @@ class _Binding:
             other = self.parts[name][0].source.name
             raise UserError(f"{self.file.path}: {part.source.name} and {other} both change {name}")
         self.parts[name] = [part]
-
-    def _checked_scaling(self, group: Group, named: str, matrices: int) -> float:
-        """s of a pair, whose factors have the rank that the configuration gives."""
-        rank, scaling = self.config.scaling(named)
-        found_A, found_B = group.tensors[A], group.tensors[B]
-        wanted = rank * matrices
-        if len(found_A.shape) < 2 or len(found_B.shape) < 2:
-            thin = found_A if len(found_A.shape) < 2 else found_B
-            raise UserError(
-                f"{thin.path}: {thin.name}: {thin.dtype} {thin.shape} is no LoRA factor"
-            )
-        if found_A.shape[0] != wanted or found_B.shape[1] != wanted:
-            times = f" for each of {matrices} matrices" if matrices > 1 else ""
-            raise UserError(
-                f"{self.file.path}: {named}: lora_A {found_A.shape} and lora_B {found_B.shape} do "
-                f"not have the rank {rank} of {self.config.file.name}{times}"
-            )
-        return scaling
-
-    def _magnitude(self, group: Group) -> TensorInfo | None:
-        """DoRA's magnitudes, which a module has exactly where the configuration says so."""
-        found = group.tensors.get(MAGNITUDE)
-        if (found is not None) != bool(self.config.values.get("use_dora")):
-            has = "has no lora_magnitude_vector" if found is None else "has lora_magnitude_vector"
-            raise UserError(
-                f"{self.file.path}: {group.module} {has}, but use_dora is "
-                f"{self.config.values.get('use_dora')} in {self.config.file.name}"
-            )
-        if found is not None and math.prod(found.shape) != group.tensors[B].shape[0]:
-            raise UserError(
-                f"{self.file.path}: {group.module}: lora_magnitude_vector {found.shape} does not "
-                f"fit the {group.tensors[B].shape[0]} outputs of lora_B"
-            )
-        return found
 
     def _check_convolution(self, group: Group, name: str, info: TensorInfo) -> None:
         """A is a convolution of the same kernel to r channels, B one of kernel 1 from these."""
@@ -361,17 +369,24 @@ class _Binding:
 
     def _fits(self, group: Group, name: str) -> bool:
         """Whether a pair has the shape of a parameter or of the matrices stacked in it."""
-        info = self.base.tensors.get(name)
-        if info is None:
+        shape = self._shape(name)
+        if shape is None:
             return False
         into, out = group.tensors[A].shape[1], group.tensors[B].shape[0]
-        if len(info.shape) == 3 and info.shape[0] > 1:
-            return {into, out} == set(info.shape[1:]) and into + out == sum(info.shape[1:])
-        return info.shape[-2:] == (out, into)
+        if len(shape) == 3 and shape[0] > 1:
+            return {into, out} == set(shape[1:]) and into + out == sum(shape[1:])
+        return shape[-2:] == (out, into)
 
-    def _shape(self, name: str) -> tuple[int, ...] | None:
-        info = self.base.tensors.get(self._rename(name))
-        return info.shape if info else None
+    def _shape(self, parameter: str) -> tuple[int, ...] | None:
+        """A parameter's shape in memory; None if the base has not got it."""
+        name = self._rename(parameter)
+        if name in self.base.tensors:
+            return self.base.tensors[name].shape
+        apart = self._pieces.get(name)
+        if not apart:
+            return None
+        parts, (rows, *rest) = apart[0].parts, self.base.tensors[apart[0].name].shape
+        return (len(apart) // parts, parts * rows, *rest)
 
     # -- orientation of square weights ---------------------------------------------------
 
@@ -399,22 +414,4 @@ class _Binding:
 
 # How transformers stores a stack of experts: its modules' ``is_transposed``.
 _TRANSPOSED_EXPERTS = ("gpt_oss", "llama4", "llama4_text")
-_EXPERTS_BY_OUTPUT = ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "olmoe", "granitemoe")
-
-
-def _check_whole(file: TensorFile, config: LoraConfig, whole: dict[str, TensorInfo]) -> None:
-    """Whole tensors must be what the configuration says was trained, or an embedding saved along.
-
-    Raises:
-        UserError: names one that is not.
-    """
-    for parameter, info in whole.items():
-        if not config.explains(parameter):
-            raise UserError(
-                f"{file.path}: {info.name}: a whole tensor that neither modules_to_save nor bias "
-                f"of {config.file.name} names; add it to modules_to_save if it was trained"
-            )
-
-
-def _is_head(module: str) -> bool:
-    return f"{module}.weight" == _HEAD
+_EXPERTS_BY_OUTPUT = ("granitemoe",)

@@ -8,15 +8,16 @@ the merge itself uses, take it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from taskvec.adapter import WEIGHTS_FILE, factor_of, open_adapter
+from taskvec.adapter import open_adapter, open_weights
 from taskvec.adapter_fit import coverage_problems, fit_problems, target_problems
+from taskvec.adapter_keys import BIAS, MAGNITUDE, TOKENS, WHOLE, factor_of, key_of
 from taskvec.adapter_problems import (
     ERROR,
     Factors,
@@ -30,7 +31,7 @@ from taskvec.adapter_problems import (
 from taskvec.checkpoint import Checkpoint, locate_adapter
 from taskvec.cli import UserError
 from taskvec.lora_config import LoraConfig, load_config
-from taskvec.names import naming_rules
+from taskvec.names import by_key, naming_rules, pieces, renaming
 from taskvec.targets import TargetRule
 from taskvec.tensorfile import TensorFile, TensorInfo, row_blocks
 from taskvec.update import Update
@@ -56,8 +57,17 @@ _SHOWN_CONFIG = (
     "bias",
     "modules_to_save",
     "use_dora",
+    "lora_bias",
+    "trainable_token_indices",
+    "target_parameters",
     "init_lora_weights",
 )
+_BESIDE = {
+    MAGNITUDE: "DoRA magnitudes",
+    BIAS: "biases of lora_B",
+    TOKENS: "sets of token rows",
+    WHOLE: "whole tensors",
+}
 
 
 @dataclass(frozen=True)
@@ -70,7 +80,8 @@ class AdapterReport:
         base: the base as the user named it; None: the adapter was looked at alone.
         tensors, elements, nbytes: of the adapter file.
         factors: per module, in the order of the file.
-        touched: shape of each parameter of the base that B @ A fits.
+        beside: how many tensors there are of other roles, in words.
+        touched: shape of each parameter of the base that would change, or that B @ A fits.
         base_tensors, base_elements: of the base.
         problems: errors first.
         refusal: why the merge would stop; None if it would not.
@@ -83,6 +94,7 @@ class AdapterReport:
     elements: int
     nbytes: int
     factors: list[Factors]
+    beside: dict[str, int]
     touched: dict[str, tuple[int, ...]]
     base_tensors: int
     base_elements: int
@@ -121,22 +133,24 @@ def inspect_adapter(source: str, base: Checkpoint | None = None) -> AdapterRepor
     """
     path = locate_adapter(source)
     config = load_config(path)
-    if not (path / WEIGHTS_FILE).is_file():
-        raise UserError(f"{path}: holds no {WEIGHTS_FILE}")
-    with TensorFile(path / WEIGHTS_FILE) as file:
+    with open_weights(path) as file:
+        attempt = _try_merge(source, base) if base is not None else None
         sides = _sides(file.tensors)
-        rule = _naming_rule(list(sides), base)
+        named = {module: _adapted(module, file.tensors, sides[module], config) for module in sides}
+        find = _finder(base)
+        rule = _naming_rule([name for name, _ in named.values()], base, find)
         factors = [
-            _measure(file, module, found, config, _parameter(module, rule, base))
+            _measure(file, *named[module], found, config, find(named[module][0], rule))
             for module, found in sides.items()
         ]
-        problems = [*config_problems(config), *tensor_problems(file.tensors)]
+        problems = [*config_problems(config), *tensor_problems(file.tensors, config)]
         elements = sum(info.elements for info in file.tensors.values())
         nbytes = sum(info.nbytes for info in file.tensors.values())
         tensors = len(file.tensors)
+        roles = [key.role for key in map(key_of, file.tensors) if key is not None]
     problems += [*rank_problems(factors, config), *value_problems(factors)]
     problems += _base_problems(factors, config, rule, base)
-    refusal = _refusal(source, base, problems)
+    refusal = _refusal(attempt, problems) if base is not None else _first_error(problems)
     return AdapterReport(
         path=path,
         config={key: _plain(config.values.get(key)) for key in _SHOWN_CONFIG},
@@ -145,12 +159,33 @@ def inspect_adapter(source: str, base: Checkpoint | None = None) -> AdapterRepor
         elements=elements,
         nbytes=nbytes,
         factors=factors,
-        touched=_touched(factors, base),
+        beside={words: roles.count(role) for role, words in _BESIDE.items() if role in roles},
+        touched=_touched(attempt, factors, base),
         base_tensors=len(base.tensors) if base else 0,
         base_elements=sum(info.elements for info in base.tensors.values()) if base else 0,
         problems=sorted(problems, key=lambda problem: problem.severity != ERROR),
         refusal=refusal,
     )
+
+
+def _adapted(
+    module: str, tensors: Mapping[str, TensorInfo], sides: dict[str, TensorInfo], config: LoraConfig
+) -> tuple[str, int]:
+    """What a pair adapts, a module or a parameter, and how many matrices are stacked in it."""
+    plain = module.removesuffix(".base_layer")
+    while plain.endswith(".base_layer"):
+        plain = plain.removesuffix(".base_layer")
+    parameters = config.parameters_of(plain)
+    if not parameters:
+        return module, 1
+    depth = (len(module) - len(plain)) // len(".base_layer")
+    name = sorted(parameters)[depth] if depth < len(parameters) else parameters[0]
+    try:
+        rank, _ = config.scaling(name)
+    except UserError:
+        return name, 1
+    rows = sides["A"].shape[0] if "A" in sides and sides["A"].shape else rank
+    return name, max(1, rows // rank)
 
 
 def _sides(tensors: Mapping[str, TensorInfo]) -> dict[str, dict[str, TensorInfo]]:
@@ -162,30 +197,58 @@ def _sides(tensors: Mapping[str, TensorInfo]) -> dict[str, dict[str, TensorInfo]
     return sides
 
 
-def _naming_rule(modules: Sequence[str], base: Checkpoint | None) -> tuple[str, str]:
+_Finder = Callable[[str, tuple[str, str]], str | None]
+
+
+def _naming_rule(modules: Sequence[str], base: Checkpoint | None, find: _Finder) -> tuple[str, str]:
     """Of the ways in which the base may name modules, the one that fits most of them."""
     if base is None:
         return "", ""
     return max(
         naming_rules(modules, base),
-        key=lambda rule: sum(_parameter(module, rule, base) is not None for module in modules),
+        key=lambda rule: sum(find(module, rule) is not None for module in modules),
     )
 
 
-def _parameter(module: str, rule: tuple[str, str], base: Checkpoint | None) -> str | None:
-    strip, add = rule
-    name = f"{add}{module.removeprefix(strip)}.weight"
-    return name if base is not None and name in base.tensors else None
+def _finder(base: Checkpoint | None) -> _Finder:
+    """Finds what the base calls the weight of a module, or a parameter; the first of its pieces."""
+    if base is None:
+        return lambda module, rule: None
+    tensors, rename = base.tensors, renaming([], base)
+    apart = {fused: found[0].name for fused, found in pieces(base).items()}
+
+    def find(module: str, rule: tuple[str, str]) -> str | None:
+        strip, add = rule
+        names = (f"{module}.weight", module)
+        for name in (*map(rename, names), *names):
+            found = add + name.removeprefix(strip)
+            if found in tensors or found in apart:
+                return apart.get(found, found)
+        return None
+
+    return find
 
 
-def _base_modules(base: Checkpoint, rule: tuple[str, str]) -> list[str]:
-    """The base's modules that can be adapted, as the adapter would name them."""
+def _base_modules(base: Checkpoint, rule: tuple[str, str], adapted: Sequence[str]) -> list[str]:
+    """The base's modules that can be adapted, as the adapter would name them.
+
+    That is by what they are called in memory, or in the file where the adapter does so too.
+    """
     strip, add = rule
-    return [
-        strip + name.removesuffix(".weight").removeprefix(add)
-        for name, info in base.tensors.items()
-        if name.endswith(".weight") and name.startswith(add) and len(info.shape) > 1
-    ]
+
+    def modules(names: Iterable[str]) -> list[str]:
+        return [
+            strip + name.removesuffix(".weight").removeprefix(add)
+            for name in names
+            if name.endswith(".weight") and name.startswith(add)
+        ]
+
+    matrices = {
+        key: name for key, name in by_key(base).items() if len(base.tensors[name].shape) > 1
+    }
+    in_file = modules(matrices.values())
+    in_memory = modules(n if key.expert is not None else key.name for key, n in matrices.items())
+    return in_file if set(adapted) & (set(in_file) - set(in_memory)) else in_memory
 
 
 def _base_problems(
@@ -195,10 +258,15 @@ def _base_problems(
     base: Checkpoint | None,
 ) -> list[Problem]:
     """What does not fit the base; without one, what does not fit within the adapter."""
-    adapted, targets = [found.module for found in factors], TargetRule(config.values)
+    targets = TargetRule(config.values)
+    adapted = [  # what target_parameters names is none of target_modules' business
+        found.module
+        for found in factors
+        if found.module not in config.parameters_of(found.module.rpartition(".")[0])
+    ]
     if base is None:
         return list(target_problems(targets, adapted, adapted, "the adapter file"))
-    modules = _base_modules(base, rule)
+    modules = _base_modules(base, rule, adapted)
     return [
         *fit_problems(factors, base, config),
         *target_problems(targets, adapted, modules, "the base"),
@@ -209,6 +277,7 @@ def _base_problems(
 def _measure(
     file: TensorFile,
     module: str,
+    matrices: int,
     sides: dict[str, TensorInfo],
     config: LoraConfig,
     parameter: str | None,
@@ -234,9 +303,11 @@ def _measure(
         dtypes=[dtype_name(sides[side]) for side in "AB" if side in sides],
         A_norm=_norm(read.get("A")),
         B_norm=_norm(read.get("B")),
-        update_norm=_update_norm(read.get("A"), read.get("B"), scaling),
+        update_norm=_update_norm(read.get("A"), read.get("B"), scaling, matrices),
         non_finite=sum(int((~torch.isfinite(value)).sum()) for value in values),
         dead=any(not bool(value.any()) for value in values),
+        matrices=matrices,
+        embedding=any(".lora_embedding_" in info.name for info in sides.values()),
     )
 
 
@@ -245,14 +316,16 @@ def _norm(factor: torch.Tensor | None) -> float | None:
 
 
 def _update_norm(
-    A: torch.Tensor | None, B: torch.Tensor | None, scaling: float | None
+    A: torch.Tensor | None, B: torch.Tensor | None, scaling: float | None, matrices: int
 ) -> float | None:
-    """‖s B A‖ without forming B A: ‖B A‖² = tr((Bᵀ B)(A Aᵀ)), two r x r matrices in float64."""
-    if A is None or B is None or scaling is None or A.ndim != 2 or B.ndim != 2:
+    """‖s B A‖ without forming B A: ‖B A‖² = tr((Bᵀ B)(A Aᵀ)), r x r matrices in float64."""
+    if A is None or B is None or scaling is None or A.ndim < 2 or B.ndim < 2:
         return None
-    if A.shape[0] != B.shape[1]:
+    if A.shape[0] != B.shape[1] or A.shape[0] % matrices:
         return None
-    squared = float(((B.T @ B) * (A @ A.T)).sum())
+    each_A = A.reshape(matrices, -1, A[0].numel())
+    each_B = B.reshape(B.shape[0], -1, matrices).permute(2, 0, 1)
+    squared = float(((each_B.mT @ each_B) * (each_A @ each_A.mT)).sum())
     return _finite(abs(scaling) * math.sqrt(max(0.0, squared))) if squared == squared else None
 
 
@@ -260,38 +333,57 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _touched(factors: Sequence[Factors], base: Checkpoint | None) -> dict[str, tuple[int, ...]]:
-    """The parameters of the base whose shape B @ A has."""
+def _touched(
+    attempt: _Attempt | None, factors: Sequence[Factors], base: Checkpoint | None
+) -> dict[str, tuple[int, ...]]:
+    """The parameters that the merge changes, or would if what is wrong were put right."""
+    if base is None:
+        return {}
+    if attempt is not None and attempt.parameters:
+        return {name: base.tensors[name].shape for name in attempt.parameters}
     touched: dict[str, tuple[int, ...]] = {}
     for found in factors:
-        if base is not None and found.parameter is not None and found.delta_shape is not None:
+        if found.parameter is not None and found.delta_shape is not None:
             shape = base.tensors[found.parameter].shape
             if shape in (found.delta_shape, found.delta_shape[::-1]):
                 touched[found.parameter] = shape
     return touched
 
 
-def _refusal(source: str, base: Checkpoint | None, problems: list[Problem]) -> str | None:
+@dataclass(frozen=True)
+class _Attempt:
+    """What came of a merge: why it would stop, and the parameters that it would change."""
+
+    reason: str | None
+    parameters: list[str]
+
+
+def _refusal(attempt: _Attempt | None, problems: list[Problem]) -> str | None:
     """Why the merge would stop. A reason that is not among the problems yet is put there."""
-    if base is not None:
-        reason = _try_merge(source, base)
-        if reason is not None and not any(problem.severity == ERROR for problem in problems):
-            problems.append(Problem("refused", ERROR, reason, "see the message"))
-        return reason
+    reason = attempt.reason if attempt else None
+    if reason is not None and _first_error(problems) is None:
+        problems.append(Problem("refused", ERROR, reason, "see the message"))
+    return reason
+
+
+def _first_error(problems: Sequence[Problem]) -> str | None:
     return next((problem.what for problem in problems if problem.severity == ERROR), None)
 
 
-def _try_merge(source: str, base: Checkpoint) -> str | None:
+def _try_merge(source: str, base: Checkpoint) -> _Attempt:
     """Go through the merge's own checks, and see whether a delta overflows fp32."""
+    parameters: list[str] = []
     try:
         with open_adapter(source, base) as adapter:
-            for name in adapter.parameters:
+            parameters = adapter.parameters
+            for name in parameters:
                 update = adapter.update(name, torch.device("cpu"))
                 if _overflows(update, base.tensors[name]):
-                    return f"{name}: its delta overflows fp32; check lora_alpha and the factors"
+                    reason = f"{name}: its delta overflows fp32; check lora_alpha and the factors"
+                    return _Attempt(reason, parameters)
     except UserError as error:
-        return str(error)
-    return None
+        return _Attempt(str(error), parameters)
+    return _Attempt(None, parameters)
 
 
 def _overflows(update: Update, info: TensorInfo) -> bool:

@@ -126,8 +126,8 @@ def _missing_modules(
             what = f"the base has layers {fold_numbers(layers)} only"
             todo = f"use the base that it was trained on{trained_on}"
         elif module.split(".")[-1] == "lm_head":
-            what = "the base's files hold no lm_head: it is tied to the embedding, or cut off"
-            todo = "save the base with tie_word_embeddings=False and its own lm_head first"
+            what = "the base's files hold no lm_head, and no embedding that it is tied to"
+            todo = "use a base that was saved with its head"
         else:
             if templates and name not in nearest and len(nearest) < _MOST_NEAREST:
                 near = difflib.get_close_matches(name, templates, n=1, cutoff=0.0)
@@ -149,7 +149,7 @@ def _orientation_problem(
     shown, square = set(), []
     for found in factors:
         shape = found.delta_shape
-        if found.parameter is None or shape is None:
+        if found.parameter is None or shape is None or found.embedding:
             continue
         stored = base.tensors[found.parameter].shape
         if shape[0] == shape[1] == stored[0]:

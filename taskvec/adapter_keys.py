@@ -74,6 +74,18 @@ def key_of(name: str) -> Key | None:
     return Key(*_whole(name))
 
 
+def factor_of(name: str) -> tuple[str, str] | None:
+    """The module and side ("A" or "B") of an adapter tensor; None if it is no LoRA factor.
+
+    A module with several pairs, each for a parameter of its own, has ``base_layer`` at its end once
+    for every pair but one.
+    """
+    key = key_of(name)
+    if key is None or key.role not in (A, B):
+        return None
+    return key.module + ".base_layer" * key.depth, key.role
+
+
 def grouped_keys(
     path: Path, tensors: Mapping[str, TensorInfo]
 ) -> tuple[list[Group], dict[str, TensorInfo]]:

@@ -10,34 +10,19 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from taskvec.adapter import factor_of
+from taskvec.adapter_keys import WHOLE, factor_of, key_of
 from taskvec.cli import UserError
 from taskvec.lora_config import LoraConfig, refusals
 from taskvec.tensorfile import TensorInfo
 
 ERROR, WARNING = "error", "warning"
 
-# Keys that are no LoRA factor, and what to do about them; the first that matches counts.
+# Keys that PEFT does not write, and what to do about them; the first that matches counts.
 _OTHER_KEYS = (
     (
-        r"\.lora_[AB]\.[^.]+\.weight$",
+        r"\.lora_([AB]\.[^.]+\.weight|embedding_[AB]\.[^.]+)$",
         "keys carry an adapter's name, as in memory",
         "load the adapter in PEFT and write it with save_pretrained()",
-    ),
-    (
-        r"lora_magnitude_vector",
-        "magnitudes of a DoRA adapter, which is not supported yet",
-        "merge it with PEFT's merge_and_unload()",
-    ),
-    (
-        r"lora_embedding_[AB]",
-        "factors of an embedding, which are not supported yet",
-        "merge it with PEFT's merge_and_unload()",
-    ),
-    (
-        r"\.lora_B\.bias$",
-        "biases of LoRA factors, which are not supported yet",
-        "merge it with PEFT's merge_and_unload()",
     ),
     (
         r"^(?!base_model\.model\.).*\.lora_[AB]\.weight$",
@@ -51,8 +36,8 @@ _OTHER_KEYS = (
     ),
     (
         r"^base_model\.model\.(?!.*lora_).*$",
-        "whole tensors (modules_to_save or trained biases), which are not supported yet",
-        "merge it with PEFT's merge_and_unload()",
+        "whole tensors that neither modules_to_save nor bias names",
+        "add their modules to modules_to_save if they were trained",
     ),
     (r"", "keys are not understood", "write the adapter with PEFT's save_pretrained()"),
 )
@@ -81,14 +66,17 @@ class Factors:
     """A module's two factors and what they amount to. Norms are Frobenius; None: not finite.
 
     Attributes:
-        module: as the adapter names it.
+        module: as the adapter names it, or the parameter that target_parameters names.
         parameter: what the base calls its weight; None if it has none, or no base was given.
-        A_shape, B_shape: (r, in) and (out, r); None where a factor is missing.
+        matrices: how many pairs are stacked in the two, as for the experts of a layer.
+        A_shape, B_shape: (r, in) and (out, r), of a convolution (r, in, ...) and (out, r, 1, ...);
+            None where a factor is missing.
         rank, scaling: of the configuration; None where it does not say.
         dtypes: of A and B.
         A_norm, B_norm, update_norm: ‖A‖, ‖B‖ and ‖s B A‖.
         non_finite: NaN and infinite values in both.
         dead: a factor is zero everywhere, so that this module would not change.
+        embedding: they are an embedding's, which is stored (in, out).
     """
 
     module: str
@@ -103,36 +91,42 @@ class Factors:
     update_norm: float | None
     non_finite: int
     dead: bool
+    matrices: int = 1
+    embedding: bool = False
 
     @property
     def delta_shape(self) -> tuple[int, int] | None:
-        """(out, in) of B @ A; None where that is not defined."""
+        """(out, in) of B @ A; None where that is not defined, or is not the shape of a weight."""
         if self.A_shape is None or self.B_shape is None:
             return None
-        if len(self.A_shape) != 2 or len(self.B_shape) != 2:
+        if len(self.A_shape) != 2 or len(self.B_shape) != 2 or self.matrices > 1:
             return None
         return self.B_shape[0], self.A_shape[1]
 
 
 def config_problems(config: LoraConfig) -> Iterator[Problem]:
-    """Settings that make this something else than a plain LoRA adapter."""
+    """Settings that make this something else than a LoRA adapter that can be merged."""
     for reason in refusals(config):
         what, _, todo = reason.partition("; ")
         yield Problem(
             "config",
             ERROR,
             f"{config.file.name}: {what}",
-            todo or "only plain LoRA is merged here; PEFT's merge_and_unload() may know this kind",
+            todo or "PEFT's merge_and_unload() may know this kind",
         )
 
 
-def tensor_problems(tensors: Mapping[str, TensorInfo]) -> Iterator[Problem]:
-    """Tensors that are no factor, and factors without a partner."""
-    yield from grouped(
-        "unknown-key", ERROR, ((*_explain(name), name) for name in tensors if not factor_of(name))
-    )
+def tensor_problems(tensors: Mapping[str, TensorInfo], config: LoraConfig) -> Iterator[Problem]:
+    """Tensors that are not understood, and factors without a partner."""
+    keys = {name: key_of(name) for name in tensors}
+    strange = [
+        name
+        for name, key in keys.items()
+        if key is None or (key.role == WHOLE and not config.explains(key.module))
+    ]
+    yield from grouped("unknown-key", ERROR, ((*_explain(name), name) for name in strange))
     factors = {factor: name for name in tensors if (factor := factor_of(name))}
-    if not factors:
+    if not tensors or len(strange) == len(tensors):
         yield Problem(
             "no-factors",
             ERROR,
@@ -145,12 +139,12 @@ def tensor_problems(tensors: Mapping[str, TensorInfo]) -> Iterator[Problem]:
         (
             (
                 f"{dtype_name(tensors[name])} {tensors[name].shape} is no LoRA factor, which is a "
-                "float matrix",
+                "float matrix or kernel",
                 "write the adapter with PEFT's save_pretrained()",
                 name,
             )
             for name in factors.values()
-            if not tensors[name].is_float or len(tensors[name].shape) != 2
+            if not tensors[name].is_float or len(tensors[name].shape) < 2
         ),
     )
     for side, other in (("A", "B"), ("B", "A")):
@@ -177,9 +171,11 @@ def rank_problems(factors: Iterable[Factors], config: LoraConfig) -> Iterator[Pr
             continue
         if scaling == 0:
             zero.append(("the scaling is 0, so nothing changes", "check lora_alpha", found.module))
-        if found.delta_shape is None or found.A_shape is None or found.B_shape is None:
+        if found.A_shape is None or found.B_shape is None:
             continue
-        ranks = found.A_shape[0], found.B_shape[1]
+        if len(found.A_shape) < 2 or len(found.B_shape) < 2:
+            continue
+        ranks = found.A_shape[0] // found.matrices, found.B_shape[1] // found.matrices
         if ranks != (rank, rank):
             what = (
                 f"lora_A has rank {ranks[0]} and lora_B {ranks[1]}, but {config.file.name} says "

@@ -286,7 +286,7 @@ class ParameterCertificate:
             tally.violating_rows.update(rows.tolist())
         if tally.worst is None or largest > tally.max_ratio:
             place = int(ratio.argmax())
-            row, column = divmod(place, ratio[0].numel())
+            row, column = divmod(place, ratio.shape[1:].numel())
             tally.max_ratio = largest
             tally.worst = Element(
                 row=row + block.start,

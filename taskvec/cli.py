@@ -96,13 +96,13 @@ def add_lora_path(
     )
 
 
-def lora_path(args: argparse.Namespace) -> str | list[str] | None:
-    """What `add_lora_path` was given: one adapter, or a list of several; names are folders."""
+def lora_path(args: argparse.Namespace) -> str | list[str]:
+    """What `add_lora_path` was given: one adapter, a list of several, or "" for none."""
     given = [args.lora_path] if isinstance(args.lora_path, str) else args.lora_path
     if given is None:
         if args.adapter_name is not None:
             raise UserError("--adapter_name needs --lora_path, the directory or hub id that has it")
-        return None
+        return ""
     folder = f"/{args.adapter_name}" if args.adapter_name else ""
     found = [f"{path.rstrip('/')}{folder}" if folder else path for path in given]
     return found[0] if len(found) == 1 else found

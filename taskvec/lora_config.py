@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from taskvec.checkpoint import named_adapters, read_json_object
 from taskvec.cli import UserError
@@ -119,13 +119,16 @@ class LoraConfig:
         if module.rpartition(".")[2] in _EMBEDDINGS:
             return True
         parts = f".{module}."
-        return any(f".{name}." in parts for name in self._names("modules_to_save"))
+        return any(f".{name}." in parts for name in self.saved_modules())
+
+    def saved_modules(self) -> list[str]:
+        """modules_to_save, as it names them."""
+        return self._names("modules_to_save")
 
     def _names(self, key: str) -> list[str]:
-        names = self.values.get(key) or []
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise UserError(f"{self.file}: {key} is {names!r}, not a list of names")
-        return names
+        """A list of names; what is none is refused by `refusals`."""
+        names = self.values.get(key)
+        return names if _are_names(names) else []
 
     def scaling(self, module: str) -> tuple[int, float]:
         """Rank and scaling of a module, with rank_pattern and alpha_pattern as PEFT matches them.
@@ -197,12 +200,24 @@ def refusals(config: LoraConfig) -> Iterator[str]:
     for key, reason in _REFUSED_FLAGS.items():
         if values.get(key):
             yield f"{key} is set: {reason}"
+    for key in ("modules_to_save", "target_parameters"):
+        if values.get(key) and not _are_names(values[key]):
+            yield f"{key} is {values[key]!r}, not a list of names"
     if values.get("bias", "none") not in ("none", "all", "lora_only"):
         yield f"bias is {values['bias']!r}, not none, all or lora_only"
     initialisation = values.get("init_lora_weights", True)
-    if initialisation not in _PLAIN_INITIALISATIONS:
+    if initialisation == "loftq":
+        yield (
+            "init_lora_weights is 'loftq', which changes the base itself; merge it in PEFT into "
+            "the quantised base that it was trained on"
+        )
+    elif initialisation not in _PLAIN_INITIALISATIONS:
         yield (
             f"init_lora_weights is {initialisation!r}, which changes the base itself; "
             "save it as plain LoRA first (PEFT: save_pretrained with "
             "path_initial_model_for_weight_conversion)"
         )
+
+
+def _are_names(value: Any) -> TypeGuard[list[str]]:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)

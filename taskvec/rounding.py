@@ -82,7 +82,7 @@ class Recipe:
 
     @property
     def in_format(self) -> bool:
-        """Everything is in the format, as in PEFT without autocast: so are products of some kinds."""
+        """Everything is in the format, as in PEFT without autocast; some products too."""
         return self.round_base and self.round_factors and self.round_delta
 
 

@@ -65,10 +65,16 @@ def overflowing(tensors: Tensors, values: dict[str, Any]) -> None:
 # (edit, kind of the problem, words that must be in what is said about it)
 BROKEN: dict[str, tuple[Edit, str, str]] = {
     "another kind": (config(peft_type="LOHA"), "config", "'LOHA'"),
-    "DoRA": (config(use_dora=True), "config", "use_dora"),
-    "bias": (config(bias="all"), "config", "bias is 'all'"),
-    "lora_bias": (config(lora_bias=True), "config", "lora_bias"),
-    "modules_to_save": (config(modules_to_save=["lm_head"]), "config", "modules_to_save"),
+    "DoRA": (config(use_dora=True), "refused", "but use_dora is True"),
+    "bias": (config(bias="some"), "config", "bias is 'some'"),
+    "lora_bias": (config(lora_bias=True), "refused", "but lora_bias is True"),
+    "modules_to_save": (
+        config(modules_to_save=["lm_head"]),
+        "refused",
+        "modules_to_save of adapter_config.json names lm_head",
+    ),
+    "tokens": (config(trainable_token_indices=[1]), "refused", "no rows of tokens"),
+    "experts": (config(target_parameters=["w"]), "no-module", "no such module"),
     "PiSSA": (config(init_lora_weights="pissa"), "config", "changes the base itself"),
     "rank 0": (config(r=0), "scaling", "r of a module is 0"),
     "rank of text": (config(r="4"), "scaling", "r of a module is '4'"),
@@ -112,23 +118,23 @@ BROKEN: dict[str, tuple[Edit, str, str]] = {
     "another tool's": (renamed("lora_A", "lora_down"), "unknown-key", "another tool's"),
     "embedding": (
         added("base_model.model.model.embed_tokens.lora_embedding_A", torch.ones(4, 96)),
-        "unknown-key",
-        "factors of an embedding",
+        "no-partner",
+        "lora_A but no lora_B",
     ),
     "magnitudes": (
         added(f"{Q0}.lora_magnitude_vector", torch.ones(32)),
-        "unknown-key",
-        "magnitudes of a DoRA",
+        "refused",
+        "has lora_magnitude_vector, but use_dora is",
     ),
     "whole tensor": (
-        added("base_model.model.lm_head.weight", torch.ones(96, 32)),
+        added("base_model.model.model.norm.weight", torch.ones(32)),
         "unknown-key",
         "whole tensors",
     ),
     "bias of a factor": (
         added(f"{Q0}.lora_B.bias", torch.ones(32)),
-        "unknown-key",
-        "biases of LoRA factors",
+        "refused",
+        "has lora_B.bias, but lora_bias is",
     ),
     "strange": (added("thing", torch.ones(1)), "unknown-key", "not understood"),
 }

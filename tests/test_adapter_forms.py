@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from typing import Any
 
 import pytest
 import torch
@@ -30,8 +31,14 @@ def merge(base, adapter, output, **options):
 
 def certificate_of(base, adapter, merged, directory):
     source = adapter if isinstance(adapter, list) else str(adapter)
-    options = {"finetuned_model": str(merged), "device": "cpu", "generate_plots": False}
-    return compare(str(base), source, directory, **options).summary["certificate"]
+    return compare(
+        str(base),
+        source,
+        directory,
+        finetuned_model=str(merged),
+        device="cpu",
+        generate_plots=False,
+    ).summary["certificate"]
 
 
 # -- files and folders -------------------------------------------------------------
@@ -173,7 +180,7 @@ def test_a_second_adapter_that_replaces_or_rescales_what_the_first_changed_is_re
 
 # -- tied embeddings ----------------------------------------------------------------
 
-TIED = {
+TIED: dict[str, dict[str, Any]] = {
     "LoRA of the head": {"target_modules": ["lm_head"]},
     "LoRA of the embedding": {"target_modules": ["embed_tokens"]},
     "LoRA of both": {"target_modules": ["embed_tokens", "lm_head"]},

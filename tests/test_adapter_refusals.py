@@ -1,21 +1,25 @@
-"""Adapters that are not plain LoRA, or not of this base: refused by name, never merged by guess."""
+"""Adapters that are no LoRA, or not of this base: refused by name, never merged by guess."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 
+import merge_lora
 from taskvec.adapter import open_adapter
 from taskvec.checkpoint import open_checkpoint
 from taskvec.cli import UserError
+from tests.adapter_kinds import make_kind
 from tests.checks import edit_json, edit_tensors
 
 CPU = torch.device("cpu")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 Q0 = "model.layers.0.self_attn.q_proj"
 KEY = f"base_model.model.{Q0}"
+EMBEDDING = "base_model.model.model.embed_tokens"
 
 
 def refused(base, adapter, message):
@@ -29,16 +33,26 @@ def refused(base, adapter, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"peft_type": "LOHA"}, r"peft_type is 'LOHA'; only LORA is supported"),
+        ({"peft_type": "LOHA"}, r"peft_type is 'LOHA': only LORA is supported; merge it with PEFT"),
+        ({"peft_type": "LOKR"}, r"'LOKR': only LORA is supported"),
+        ({"peft_type": "IA3"}, r"'IA3': only LORA is supported"),
+        ({"peft_type": "ADALORA"}, r"'ADALORA': only LORA is supported"),
+        (
+            {"peft_type": "XLORA"},
+            r"'XLORA': it mixes adapters anew for every token.*keep it beside",
+        ),
+        ({"peft_type": "PROMPT_TUNING"}, r"it adds inputs and changes no weight; keep it beside"),
+        ({"peft_type": "PREFIX_TUNING"}, r"it adds inputs and changes no weight"),
         ({"peft_type": None}, "peft_type is None"),
-        ({"use_dora": True}, "use_dora is set: DoRA"),
+        ({"use_dora": True}, "has no lora_magnitude_vector, but use_dora is True"),
         ({"use_qalora": True}, "use_qalora is set: QA-LoRA"),
-        ({"lora_bias": True}, "lora_bias is set"),
-        ({"bias": "all"}, "bias is 'all': trained biases"),
-        ({"bias": "lora_only"}, "bias is 'lora_only'"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save is set"),
-        ({"trainable_token_indices": [1]}, "trainable_token_indices is set"),
-        ({"target_parameters": ["w"]}, "target_parameters is set"),
+        ({"lora_bias": True}, "has no lora_B.bias, but lora_bias is True"),
+        ({"bias": "some"}, "bias is 'some', not none, all or lora_only"),
+        ({"modules_to_save": ["lm_head"]}, r"holds no lm_head\.weight, although modules_to_save"),
+        ({"modules_to_save": "lm_head"}, "modules_to_save is 'lm_head', not a list of names"),
+        ({"trainable_token_indices": [1]}, "but there are no rows of tokens"),
+        ({"target_parameters": ["w"]}, r"adapts model\.layers\.0.*_proj\.w, which .* has not got"),
+        ({"kasa_config": {"beta": 1}}, "kasa_config is set: KaSA takes singular values off"),
         ({"layer_replication": [[0, 1]]}, "layer_replication is set"),
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens is set: aLoRA"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', which changes the base"),
@@ -70,7 +84,7 @@ def refused(base, adapter, message):
         ({"alpha_pattern": {"q_proj": "8"}}, "lora_alpha of .*q_proj is '8'"),
     ],
 )
-def test_a_configuration_that_is_not_plain_lora_is_refused_by_name(
+def test_a_configuration_that_cannot_be_merged_is_refused_by_name(
     llama, llama_lora, copied, changes, message
 ):
     adapter = copied(llama_lora)
@@ -80,7 +94,7 @@ def test_a_configuration_that_is_not_plain_lora_is_refused_by_name(
 
 def test_an_adapter_without_its_config_or_weights(llama, llama_lora, copied):
     adapter = copied(llama_lora)
-    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+    (adapter / "adapter_model.safetensors").unlink()
     refused(
         llama, adapter, r"holds no adapter_model\.safetensors; PEFT's save_pretrained\(\) writes"
     )
@@ -96,15 +110,15 @@ def test_an_adapter_without_its_config_or_weights(llama, llama_lora, copied):
         (lambda t: t.clear(), "holds no LoRA tensors"),
         (
             lambda t: t.update({f"{KEY}.lora_magnitude_vector": torch.ones(32)}),
-            "lora_magnitude_vector: not a tensor of a plain LoRA adapter",
+            "q_proj has lora_magnitude_vector, but use_dora is False",
         ),
         (
-            lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(96, 32)}),
-            r"lm_head\.weight: not a tensor of a plain LoRA adapter",
+            lambda t: t.update({"base_model.model.model.norm.weight": torch.ones(32)}),
+            r"norm\.weight: a whole tensor that neither modules_to_save nor bias of",
         ),
         (
             lambda t: t.update({f"{Q0}.lora_A.weight": torch.ones(4, 32)}),
-            r"q_proj\.lora_A\.weight: not a tensor of a plain LoRA adapter",
+            r"q_proj\.lora_A\.weight: not a tensor that PEFT's LoRA writes",
         ),
         (
             lambda t: t.update({f"{KEY}.lora_A.weight": torch.ones(4, 32, dtype=torch.int32)}),
@@ -112,7 +126,7 @@ def test_an_adapter_without_its_config_or_weights(llama, llama_lora, copied):
         ),
         (
             lambda t: t.update({f"{KEY}.lora_A.weight": torch.ones(4, 32, 1, 1)}),
-            r"\(4, 32, 1, 1\) is no LoRA factor",
+            r"q_proj: lora_A \(4, 32, 1, 1\) and lora_B \(32, 4\) are no factors of a matrix",
         ),
         (
             lambda t: t.update({f"{KEY}.lora_A.weight": torch.ones(3, 32)}),
@@ -137,9 +151,7 @@ def test_an_adapter_without_its_config_or_weights(llama, llama_lora, copied):
         ),
     ],
 )
-def test_tensors_that_are_no_plain_lora_are_refused_by_name(
-    llama, llama_lora, copied, change, message
-):
+def test_tensors_that_are_no_lora_are_refused_by_name(llama, llama_lora, copied, change, message):
     adapter = copied(llama_lora)
     edit_tensors(adapter / WEIGHTS, change)
     refused(llama, adapter, rf"adapter_model\.safetensors: .*{message}")
@@ -159,3 +171,74 @@ def test_a_quantised_base_is_called_that_and_not_misshapen(llama, llama_lora, co
     packed = torch.ones(512, 1, dtype=torch.uint8)  # as bitsandbytes packs it
     edit_tensors(base / "model.safetensors", lambda t: t.update({f"{Q0}.weight": packed}))
     refused(base, llama_lora, r"is quantised \(bitsandbytes\)")
+
+
+WRONG_PARTS: dict[str, tuple[str, dict[str, Any], Any, str]] = {
+    "token beyond the vocabulary": (
+        "tokens",
+        {"trainable_token_indices": [5, 1, 96]},
+        None,
+        r"token 96 is beyond the 96 of model\.embed_tokens\.weight; resize",
+    ),
+    "another number of tokens": (
+        "tokens",
+        {"trainable_token_indices": [5, 1]},
+        None,
+        r"rows \(3, 32\) do not fit the 2 token indices",
+    ),
+    "tokens twice": (
+        "tokens",
+        {"trainable_token_indices": [5, 5, 1]},
+        None,
+        "does not give the tokens of model.embed_tokens as different whole numbers",
+    ),
+    "magnitudes of another size": (
+        "DoRA",
+        {},
+        lambda t: t.update({f"{KEY}.lora_magnitude_vector": torch.ones(31)}),
+        r"lora_magnitude_vector \(31,\) does not fit the 32 outputs",
+    ),
+    "an embedding of another size": (
+        "embedding",
+        {},
+        lambda t: t.update({f"{EMBEDDING}.lora_embedding_A": torch.ones(4, 95)}),
+        r"embed_tokens: B @ A is \(95, 32\), but .* is \(96, 32\)",
+    ),
+    "a bias of another size": (
+        "lora_bias",
+        {},
+        lambda t: t.update({f"{KEY}.lora_B.bias": torch.ones(31)}),
+        r"q_proj: B @ A is \(31,\), but .*q_proj\.bias in .* is \(32,\)",
+    ),
+    "experts of another rank": (
+        "experts",
+        {"r": 3},
+        None,
+        r"do not have the rank 3 of adapter_config\.json",
+    ),
+    "a saved tensor of another size": (
+        "modules_to_save",
+        {},
+        lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(97, 32)}),
+        r"is \(97, 32\), but lm_head\.weight in .* is \(96, 32\); resize the base",
+    ),
+    "a saved tensor that is not finite": (
+        "modules_to_save",
+        {},
+        lambda t: t["base_model.model.lm_head.weight"][1, 1].fill_(math.nan),
+        "lm_head.weight: 1 values are NaN or infinite",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_PARTS)
+def test_parts_that_do_not_fit_are_named(tiny, copied, tmp_path, case):
+    kind, changes, change, message = WRONG_PARTS[case]
+    base, adapter = make_kind(tiny, kind)
+    adapter = copied(adapter)
+    edit_json(adapter / CONFIG, **changes)
+    if change is not None:
+        edit_tensors(adapter / WEIGHTS, change)
+    with pytest.raises(UserError, match=message):
+        merge_lora.merge(str(base), str(adapter), tmp_path / "m", device="cpu")
+    assert not (tmp_path / "m").exists()

@@ -244,13 +244,16 @@ MERGE: dict[str, tuple[Any, str]] = {
         lambda w: w.factors(lambda t: t[f"{Q0}.lora_A.weight"][0].fill_(math.inf)),
         r"q_proj\.lora_A\.weight: 32 values are NaN or infinite",
     ),
-    "DoRA": (lambda w: w.lora_config(use_dora=True), "use_dora is set: DoRA"),
+    "DoRA without magnitudes": (
+        lambda w: w.lora_config(use_dora=True),
+        "has no lora_magnitude_vector, but use_dora is True",
+    ),
     "PiSSA": (
         lambda w: w.lora_config(init_lora_weights="pissa"),
         "init_lora_weights is 'pissa', which changes the base itself; save it as plain LoRA first",
     ),
-    "IA3": (lambda w: w.lora_config(peft_type="IA3"), "peft_type is 'IA3'; only LORA is supported"),
-    "trained biases": (lambda w: w.lora_config(bias="all"), "bias is 'all': trained biases"),
+    "IA3": (lambda w: w.lora_config(peft_type="IA3"), "peft_type is 'IA3': only LORA is supported"),
+    "biases of some": (lambda w: w.lora_config(bias="some"), "bias is 'some', not none, all or"),
     "fp16 overflow": (
         lambda w: [*w.lora_config(lora_alpha=1e9), "--precision", "fp16"],
         r"_proj\.weight: \d+ values overflow fp16, whose .* use --precision bf16 or fp32",
@@ -265,7 +268,11 @@ MERGE: dict[str, tuple[Any, str]] = {
         "argument --rounding: invalid choice: 'twice'",
     ),
     "flag without its value": (lambda w: ["--precision"], "--precision: expected one argument"),
-    "word too many": (lambda w: [*w.merge(), "out"], "unrecognized arguments: out"),
+    "word too many": (lambda w: ["out", *w.merge()], "unrecognized arguments: out"),
+    "second adapter missing": (
+        lambda w: [*w.merge(), "--lora_path", str(w.lora), f"{w.home}/no"],
+        "no: no such",
+    ),
     **{
         f"max_shard_size {size:.9}": (
             partial(with_shard_size, size),

@@ -83,6 +83,7 @@ CONTRACT = {
         "output_dir": "merged_model",
         "precision": "fp32",
         "rounding": "once",
+        "adapter_name": None,
         "device": "auto",
         "max_shard_size": None,
         "config": None,

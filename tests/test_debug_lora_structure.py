@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import random
 import shutil
 from collections.abc import Callable
@@ -20,7 +21,10 @@ from safetensors.torch import load_file, save_file
 import debug_lora_structure
 import merge_lora
 from taskvec import cli
+from taskvec.adapter import open_adapter
 from taskvec.adapter_check import AdapterReport, inspect_adapter
+from taskvec.checkpoint import open_checkpoint
+from tests.adapter_kinds import KINDS, make_kind
 from tests.broken_adapters import (
     BROKEN,
     SOUND,
@@ -142,7 +146,7 @@ def test_any_configuration_ends_as_in_merge_lora(edited, llama, tmp_path, values
 
 def test_every_problem_is_listed_not_only_the_first(edited, llama, tmp_path):
     adapter = edited(
-        config(use_dora=True, bias="all"),
+        config(layer_replication=[[0, 1]], init_lora_weights="pissa"),
         renamed("layers.0.self_attn.q_proj", "layers.0.self_attn.q_prj"),
         factor(f"{V1}.lora_B.weight", with_value(float("nan"))),
         dropped("layers.1.mlp.down_proj.lora_A"),
@@ -215,14 +219,31 @@ def test_bases_that_cannot_be_added_to(edited, copied, llama, llama_lora, tmp_pa
     assert "int8, not a float" in said(check(llama_lora, integers, tmp_path), "not-a-float")
 
 
-def test_lm_head_of_a_base_with_tied_embeddings(edited, tiny, tmp_path):
+def test_lm_head_of_a_base_with_tied_embeddings_is_a_parameter_of_its_own(tiny, tmp_path):
     base = tiny.base("starcoder2")
-    adapter = edited(
-        added("base_model.model.lm_head.lora_A.weight", torch.ones(4, 32)),
-        added("base_model.model.lm_head.lora_B.weight", torch.ones(96, 4)),
-        adapter=tiny.adapter(base),
-    )
-    assert "tied to the embedding" in said(check(adapter, base, tmp_path), "no-module")
+    report = check(tiny.adapter(base, target_modules=["lm_head"]), base, tmp_path)
+    assert report.merges and list(report.touched) == ["lm_head.weight"]
+    assert report.factors[0].parameter == "lm_head.weight"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_adapter_is_described(tiny, tmp_path, capsys, kind):
+    base, adapter = make_kind(tiny, kind)
+    report = check(adapter, base, tmp_path)
+    with open_checkpoint(str(base)) as opened, open_adapter(str(adapter), opened) as mine:
+        assert set(report.touched) == set(mine.parameters)
+        squared = {
+            name: float((mine.update(name, torch.device("cpu")).exact(0, info.rows) ** 2).sum())
+            for name, info in opened.tensors.items()
+            if name in mine.parameters
+        }
+    assert not report.errors
+    for found in report.factors:
+        if not report.config["use_dora"]:
+            expected = math.sqrt(squared[found.parameter or ""])
+            assert found.update_norm == pytest.approx(expected, rel=1e-6)
+    assert debug_lora_structure.main(["--lora_path", str(adapter), "--base_model", str(base)]) == 0
+    assert "Would merge" in capsys.readouterr().out
 
 
 def test_norms_are_those_of_the_matrices(llama, llama_lora):

@@ -11,7 +11,6 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Self
 
 import torch
 
@@ -74,7 +73,7 @@ class Product(Update):
         """Rows of |s| * (|B| @ |A|) in float64, to which matmul errors are relative."""
 
     @abstractmethod
-    def rounded_factors(self, dtype: torch.dtype) -> Self:
+    def rounded_factors(self, dtype: torch.dtype) -> Product:
         """The update of an adapter whose factors were stored in ``dtype`` on the way."""
 
     def merged(
@@ -198,7 +197,7 @@ class LowRank(Product):
 
     @property
     def largest_factor(self) -> float:
-        return float(self.A.abs().max())
+        return float(self.A.abs().max()) if self.A.numel() else 0.0
 
     def delta(self, start: int, stop: int, *, prescaled: bool = False) -> torch.Tensor:
         return self._delta(start, stop, torch.float32, prescaled)
@@ -233,7 +232,7 @@ class LowRank(Product):
 
         return self._cut(compute, start, stop)
 
-    def rounded_factors(self, dtype: torch.dtype) -> Self:
+    def rounded_factors(self, dtype: torch.dtype) -> LowRank:
         return replace(self, A=self.A.to(dtype).float(), B=self.B.to(dtype).float())
 
     def _rows(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -312,7 +311,28 @@ class Experts(Product):
         )
         return merge_rows(recipe, base, delta, format)
 
-    def rounded_factors(self, dtype: torch.dtype) -> Self:
+    def interval(
+        self,
+        recipe: Recipe,
+        start: int,
+        stop: int,
+        *,
+        base: torch.Tensor,
+        format: Format,
+        where: torch.Tensor,
+        rounded_anywhere: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return super().interval(
+            recipe,
+            start,
+            stop,
+            base=base,
+            format=format,
+            where=where,
+            rounded_anywhere=rounded_anywhere or recipe.in_format,
+        )
+
+    def rounded_factors(self, dtype: torch.dtype) -> Experts:
         experts = tuple(expert.rounded_factors(dtype) for expert in self.experts)
         return replace(self, experts=experts)
 
