@@ -112,6 +112,7 @@ def run_task(
             if record["rank"] in scaled_ranks
             and record["alpha"] == 2 * record["rank"]
             and not record["slow"]
+            and record["intruders"][f"{EPSILONS[0]:g}"]
         },
     }
     with output_file(directory / RESULT) as partial:
@@ -193,13 +194,18 @@ def _scale(task: Task, label: str, directory: Path) -> list[dict[str, float]]:
     return found
 
 
-def rank_correlation(runs: list[dict[str, Any]]) -> float:
-    """Spearman's, of the intruders at the first epsilon and the pre-training loss, LoRA only."""
+def rank_correlation(runs: list[dict[str, Any]]) -> float | None:
+    """Spearman's, of the intruders at the first epsilon and the pre-training loss, LoRA only.
+
+    None where all runs have the same number of intruders.
+    """
     import numpy as np
 
     lora = [run for run in runs if run["rank"]]
     key = f"{EPSILONS[0]:g}"
     columns = [[run["intruders"][key] for run in lora], [run["pretraining_loss"] for run in lora]]
+    if len(set(columns[0])) == 1:
+        return None
     # The rank of a value is its place in order; equal ones share the mean of theirs.
     ranks = [
         [
@@ -231,10 +237,11 @@ def print_result(content: dict[str, Any]) -> None:
     ]
     for line in table(header, rows):
         cli.result(line)
-    cli.result(
-        f"Rank correlation of intruders and pre-training loss over the LoRA runs: "
-        f"{rank_correlation(content['runs']):.2f}"
-    )
+    correlation = rank_correlation(content["runs"])
+    shown = "none, all have as many" if correlation is None else f"{correlation:.2f}"
+    cli.result(f"Rank correlation of intruders and pre-training loss over the LoRA runs: {shown}")
+    if not content["scaled"]:
+        return
     cli.result()
     header = ("scaled", *(f"λ = {scale:g}" for scale in SCALES))
     for key in ("held_out_loss", "pretraining_loss"):

@@ -158,7 +158,7 @@ def sentences_task() -> Task:
     return Task(
         name="sentences",
         base=base,
-        load=lambda path: AutoModel.from_pretrained(path, add_pooling_layer=False),
+        load=lambda path: AutoModel.from_pretrained(path),
         target_modules=(
             "query",
             "key",

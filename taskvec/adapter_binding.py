@@ -18,6 +18,12 @@ from taskvec.adapter_parts import (
     ReplacementPart,
     TokensPart,
 )
+from taskvec.adapter_promises import (
+    check_promises,
+    check_saved,
+    checked_magnitude,
+    checked_scaling,
+)
 from taskvec.adapter_ties import settle_ties
 from taskvec.checkpoint import Checkpoint
 from taskvec.cli import UserError
@@ -38,15 +44,9 @@ def bind(file: TensorFile, config: LoraConfig, base: Checkpoint) -> dict[str, li
             the base has not got, a shape that does not fit; each is named.
     """
     groups, whole = grouped_keys(file.path, file.tensors)
-    _check_whole(file, config, whole)
-    if config.values.get("trainable_token_indices") and not any(
-        TOKENS in g.tensors for g in groups
-    ):
-        raise UserError(
-            f"{file.path}: trainable_token_indices is set in {config.file.name}, but there are no "
-            "rows of tokens; the file is incomplete"
-        )
+    check_promises(file, config, groups, whole)
     binding = _Binding(file, config, base, groups, whole)
+    binding.check_saved(whole)
     for group in groups:
         binding.add_group(group)
     for name, info in whole.items():
@@ -82,7 +82,6 @@ class _Binding:
         self._pieces = pieces(base)
         self._refuse_if_strange([*own, *named])
         settle_ties(file, config, base, groups, whole, self._rename)
-        self._check_saved(whole)
         self._squares: list[tuple[str, LowRankPart]] = []
         self._shown: dict[str, bool] = {}
 
@@ -128,9 +127,9 @@ class _Binding:
     def _add_to_module(self, group: Group) -> None:
         """LoRA on a linear layer, GPT-2's Conv1D, an embedding or a convolution."""
         name, info = self._find(f"{group.module}.weight", group.module)
-        scaling = self._checked_scaling(group, group.module, 1)
+        scaling = checked_scaling(self.file, self.config, group, group.module, 1)
         factors = group.tensors[A], group.tensors[B]
-        magnitude = self._magnitude(group)
+        magnitude = checked_magnitude(self.file, self.config, group)
         part = LowRankPart(
             self.file,
             *factors,
@@ -194,7 +193,7 @@ class _Binding:
             return
         name, info = self._find(fits[0], fits[0])
         experts = info.shape[0] if len(info.shape) == 3 else 1
-        scaling = self._checked_scaling(group, fits[0], experts)
+        scaling = checked_scaling(self.file, self.config, group, fits[0], experts)
         self._refuse_extras(group, fits[0])
         factors = group.tensors[A], group.tensors[B]
         if experts == 1:
@@ -208,7 +207,7 @@ class _Binding:
     def _add_to_pieces(self, group: Group, parameter: str, apart: Sequence[Piece]) -> None:
         """LoRA on experts that are fused in memory, and lie one by one in the base's file."""
         experts = len(apart) // apart[0].parts
-        scaling = self._checked_scaling(group, parameter, experts)
+        scaling = checked_scaling(self.file, self.config, group, parameter, experts)
         self._refuse_extras(group, parameter)
         factors = group.tensors[A], group.tensors[B]
         whole = ExpertsPart(self.file, *factors, scaling, experts, transposed=False)
@@ -316,20 +315,10 @@ class _Binding:
             for start, stop in row_blocks(mine, _COMPARED_ELEMENTS)
         )
 
-    def _check_saved(self, whole: dict[str, TensorInfo]) -> None:
-        """Modules of the base that modules_to_save names must be in the file, all of them.
-
-        Raises:
-            UserError: names one that is not.
-        """
+    def check_saved(self, whole: dict[str, TensorInfo]) -> None:
+        """Modules of the base that modules_to_save names must be in the file, all of them."""
         held = {self._rename(name) for name in whole}
-        for module in self.config.saved_modules():
-            for name, info in self.base.tensors.items():
-                if f".{module}." in f".{name}" and info.is_float and name not in held:
-                    raise UserError(
-                        f"{self.file.path}: holds no {name}, although modules_to_save of "
-                        f"{self.config.file.name} names {module}; the file is incomplete"
-                    )
+        check_saved(self.file, self.config, self.base, held)
 
     # -- checks -----------------------------------------------------------------------
 
@@ -356,35 +345,6 @@ class _Binding:
             other = self.parts[name][0].source.name
             raise UserError(f"{self.file.path}: {part.source.name} and {other} both change {name}")
         self.parts[name] = [part]
-
-    def _checked_scaling(self, group: Group, named: str, matrices: int) -> float:
-        """s of a pair, whose factors have the rank that the configuration gives."""
-        rank, scaling = self.config.scaling(named)
-        found_A, found_B = group.tensors[A], group.tensors[B]
-        wanted = rank * matrices
-        if found_A.shape[0] != wanted or found_B.shape[1] != wanted:
-            times = f" for each of {matrices} matrices" if matrices > 1 else ""
-            raise UserError(
-                f"{self.file.path}: {named}: lora_A {found_A.shape} and lora_B {found_B.shape} do "
-                f"not have the rank {rank} of {self.config.file.name}{times}"
-            )
-        return scaling
-
-    def _magnitude(self, group: Group) -> TensorInfo | None:
-        """DoRA's magnitudes, which a module has exactly where the configuration says so."""
-        found = group.tensors.get(MAGNITUDE)
-        if (found is not None) != bool(self.config.values.get("use_dora")):
-            has = "has no lora_magnitude_vector" if found is None else "has lora_magnitude_vector"
-            raise UserError(
-                f"{self.file.path}: {group.module} {has}, but use_dora is "
-                f"{self.config.values.get('use_dora')} in {self.config.file.name}"
-            )
-        if found is not None and math.prod(found.shape) != group.tensors[B].shape[0]:
-            raise UserError(
-                f"{self.file.path}: {group.module}: lora_magnitude_vector {found.shape} does not "
-                f"fit the {group.tensors[B].shape[0]} outputs of lora_B"
-            )
-        return found
 
     def _check_convolution(self, group: Group, name: str, info: TensorInfo) -> None:
         """A is a convolution of the same kernel to r channels, B one of kernel 1 from these."""
@@ -455,17 +415,3 @@ class _Binding:
 # How transformers stores a stack of experts: its modules' ``is_transposed``.
 _TRANSPOSED_EXPERTS = ("gpt_oss", "llama4", "llama4_text")
 _EXPERTS_BY_OUTPUT = ("granitemoe",)
-
-
-def _check_whole(file: TensorFile, config: LoraConfig, whole: dict[str, TensorInfo]) -> None:
-    """Whole tensors must be what the configuration says was trained, or an embedding saved along.
-
-    Raises:
-        UserError: names one that is not.
-    """
-    for parameter, info in whole.items():
-        if not config.explains(parameter):
-            raise UserError(
-                f"{file.path}: {info.name}: a whole tensor that neither modules_to_save nor bias "
-                f"of {config.file.name} names; add it to modules_to_save if it was trained"
-            )

@@ -214,7 +214,12 @@ def refusals(config: LoraConfig) -> Iterator[str]:
     if values.get("bias", "none") not in ("none", "all", "lora_only"):
         yield f"bias is {values['bias']!r}, not none, all or lora_only"
     initialisation = values.get("init_lora_weights", True)
-    if initialisation not in _PLAIN_INITIALISATIONS:
+    if initialisation == "loftq":
+        yield (
+            "init_lora_weights is 'loftq', which changes the base itself; merge it in PEFT into "
+            "the quantised base that it was trained on"
+        )
+    elif initialisation not in _PLAIN_INITIALISATIONS:
         yield (
             f"init_lora_weights is {initialisation!r}, which changes the base itself; "
             "save it as plain LoRA first (PEFT: save_pretrained with "

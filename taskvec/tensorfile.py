@@ -144,14 +144,27 @@ class TensorFile:
     def is_hole(self, info: TensorInfo) -> bool:
         """True if the file system knows that these bytes were never written (they read as zero).
 
+        It knows of whole blocks. The first and the last may be shared with a neighbour that was
+        written: what is the tensor's own in them is read.
+
         Raises:
             UserError: the file has shrunk since it was opened.
         """
         if not hasattr(os, "SEEK_DATA"):
             return False
-        end = info.offset + info.nbytes
+        block = os.fstat(self._fd).st_blksize
+        inner = (-(-info.offset // block) * block, info.end // block * block)
+        if inner[0] >= inner[1]:
+            return self._is_unwritten(info.offset, info.end)
+        return (
+            self._is_unwritten(*inner)
+            and self._is_zero(info.offset, inner[0])
+            and self._is_zero(inner[1], info.end)
+        )
+
+    def _is_unwritten(self, begin: int, end: int) -> bool:
         try:
-            data = os.lseek(self._fd, info.offset, os.SEEK_DATA)
+            data = os.lseek(self._fd, begin, os.SEEK_DATA)
         except OSError as error:
             if error.errno != errno.ENXIO:
                 return False
@@ -160,6 +173,11 @@ class TensorFile:
         if size < end:
             raise self._shrunk(size)
         return data >= end
+
+    def _is_zero(self, begin: int, end: int) -> bool:
+        found = bytearray(end - begin)
+        self._read_into(memoryview(found), begin)
+        return not any(found)
 
     def copy_range(self, offset: int, nbytes: int, target_fd: int, target_offset: int) -> None:
         """Copy bytes to another file inside the kernel, or through memory where it cannot."""

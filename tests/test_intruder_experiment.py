@@ -33,6 +33,7 @@ def done(modules, tmp_path_factory) -> tuple[dict[str, Any], Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(EXAMPLES))
         patch.setattr(experiment, "SCALES", (0.0, 1.0))
+        patch.setattr(experiment, "EPSILONS", (0.999, 0.6))  # one step moves a vector that far
         plan = experiment.Plan(lora_rate=0.5, full_rate=1e-3, target=3.0, most_steps=1)
         patch.setitem(experiment.PLANS, "code", plan)
         content = experiment.run_task("code", [1], [1], 0, directory)
@@ -47,7 +48,7 @@ def test_every_run_is_trained_counted_and_kept(done):
     rates = [run["learning_rate"] for run in content["runs"]]
     assert rates == [0.5, 0.5, 0.05, 1e-3]
     assert content["matrices"] == 180
-    assert all(set(run["intruders"]) == {"0.5", "0.6"} for run in content["runs"])
+    assert all(set(run["intruders"]) == {"0.999", "0.6"} for run in content["runs"])
     assert names(directory) == [
         "experiment.json",
         "intruder_dimensions",
@@ -98,6 +99,7 @@ def test_the_rank_correlation_is_spearmans(modules):
     full = {"rank": 0, "intruders": {"0.5": 0}, "pretraining_loss": 99.0}
     found = modules["intruder_experiment"].rank_correlation([*runs, full])
     assert found == pytest.approx(4.5 / (4.5 * 5) ** 0.5)
+    assert modules["intruder_experiment"].rank_correlation([run(0, 1.0), run(0, 2.0)]) is None
 
 
 def test_the_tasks_texts_are_apart(modules):

@@ -146,6 +146,20 @@ def test_what_is_never_written_is_a_hole_and_reads_as_zeros(tmp_path):
         assert not file.is_hole(file.tensors["ones"])
 
 
+def test_a_hole_may_share_its_first_and_last_block_with_what_was_written(tmp_path):
+    """The header lies before the first tensor, and few tensors end where a block does."""
+    path = tmp_path / "shared.safetensors"
+    specs = [(name, torch.float32, (9001,)) for name in ("first", "ones", "hole", "edge", "last")]
+    with TensorFileWriter(path, specs) as writer:
+        writer.write("ones", torch.ones(9001))
+        writer.write("edge", torch.ones(1), 9000)
+    with TensorFile(path) as file:
+        found = {name: file.is_hole(info) for name, info in file.tensors.items()}
+        zero = {name: not file.read(info).any() for name, info in file.tensors.items()}
+    assert zero == {"first": True, "ones": False, "hole": True, "edge": False, "last": True}
+    assert found == zero
+
+
 def test_a_written_zero_is_no_hole_where_holes_are_not_known(tmp_path, monkeypatch):
     path = write(tmp_path / "x.safetensors", {"a": torch.zeros(4096)})
     monkeypatch.delattr(os, "SEEK_DATA")

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from taskvec.certificate import Block, ParameterCertificate
 from taskvec.cli import UserError
 from taskvec.rounding import FORMATS, FP32, RECIPES, Format, bound_rows, families, subtract_rows
+from taskvec.tensorfile import TensorInfo
 from taskvec.update import Update
 from taskvec.updates.dora import Dora
 from taskvec.updates.in_turn import InTurn
@@ -163,6 +166,32 @@ def test_dora_is_its_formula_in_float64() -> None:
     W, total = base.double().numpy(), (base.double() + 0.75 * B.double() @ A.double()).numpy()
     expected = m.double().numpy()[:, None] * total / ((total**2).sum(1) ** 0.5)[:, None] - W
     assert abs(update.exact(0, 6).numpy() - expected).max() < 1e-14
+
+
+@pytest.mark.parametrize("kernel", [(3,), (1,), (3, 5), (1, 1)])
+def test_convolutions_have_pefts_bits_however_they_are_cut(kernel: tuple[int, ...]) -> None:
+    """As `lora.Conv1d` and `lora.Conv2d` compute it: lora_B, of kernel 1, over lora_A."""
+    torch.manual_seed(0)
+    A, B = torch.randn(4, 40, *kernel), torch.randn(10, 4, *[1] * len(kernel))
+    convolve = F.conv1d if len(kernel) == 1 else F.conv2d
+    theirs = convolve(A.transpose(0, 1), B).transpose(0, 1) * 0.7
+    if kernel == (1, 1):
+        theirs = (B.flatten(1) @ A.flatten(1))[:, :, None, None] * 0.7
+    update = LowRank("w", A.flatten(1), B.flatten(1), 0.7, stored=(10, 40, *kernel))
+    info = TensorInfo("w", torch.float32, update.shape, Path("w"), 0, 0)
+    whole = theirs.reshape(info.rows, *info.row_shape)
+    for start, stop in [(0, info.rows), (3, 4), (5, 9)]:
+        assert torch.equal(update.delta(start, stop), whole[start:stop])
+    base = torch.randn(10, 40, *kernel)
+    m = torch.rand(10) + 0.5
+    read = reader(base.reshape(info.rows, *info.row_shape))
+    scaled = Dora("w", update, m, read, 0.7)
+    total = base.double() + theirs.double()
+    norm = total.flatten(1).norm(dim=1).reshape(-1, 1, *[1] * len(kernel))
+    expected = (m.double().reshape(norm.shape) / norm * total).reshape(whole.shape)
+    for start, stop in [(0, info.rows), (4, 10)]:
+        merged = scaled.merged(RECIPES[0], read(start, stop), start, stop, FP32)
+        assert torch.allclose(merged.double(), expected[start:stop], rtol=1e-5, atol=1e-6)
 
 
 def test_an_output_of_zeros_has_no_direction() -> None:

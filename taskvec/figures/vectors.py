@@ -155,10 +155,13 @@ def _cosines_finding(document: Document) -> Finding:
         value = _signed(overall[i][j], 3)
         return f"{elided(names[i], 22)} and {elided(names[j], 22)} {words} {value}"
 
-    title = told(ranked[-1], "have the cosine" if len(ranked) == 1 else "are closest, with")
-    if len(ranked) > 1:
-        title += f"; {told(ranked[0], 'furthest, with')}"
-    return Finding(title, note)
+    nearest, furthest = (_signed(overall[i][j], 3) for i, j in (ranked[-1], ranked[0]))
+    if len(ranked) == 1:
+        return Finding(told(ranked[0], "have the cosine"), note)
+    if nearest == furthest:
+        return Finding(f"All pairs of the task vectors have the cosine {nearest}", note)
+    closest = told(ranked[-1], "are closest, with")
+    return Finding(f"{closest}; {told(ranked[0], 'furthest, with')}", note)
 
 
 @style()
