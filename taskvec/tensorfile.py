@@ -47,6 +47,8 @@ _DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+# Elements that would be there if no extent were 0: more, and strides overflow in torch and numpy.
+_MOST_STRIDED = 2**60
 _ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
 
 # Linux's own call: Python's posix_fallocate writes zeros where the file system cannot do it.
@@ -394,7 +396,7 @@ def _read_header(path: Path, fd: int) -> tuple[dict[str, TensorInfo], dict[str, 
         raise UserError(f"{path}: header of {length} bytes is over the format's limit")
     header = _parse_json(path, os.pread(fd, length, 8))
     metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+    if not isinstance(metadata, dict) or not all(map(_is_text, metadata.values())):
         raise UserError(f"{path}: __metadata__ must map strings to strings")
     data = 8 + length
     tensors = {name: _tensor_info(path, name, entry, data) for name, entry in header.items()}
@@ -447,7 +449,17 @@ def _tensor_info(path: Path, name: str, entry: Any, data: int) -> TensorInfo:
         raise UserError(
             f"{path}: {name}: {dtype} {shape} takes {nbytes} bytes, the header gives {end - begin}"
         )
+    if math.prod(max(1, extent) for extent in shape) >= _MOST_STRIDED:
+        raise UserError(f"{path}: {name}: damaged shape in the header: {shape} overflows")
     return TensorInfo(name, _DTYPES[dtype], tuple(shape), path, data + begin, nbytes)
+
+
+def _is_text(value: Any) -> bool:
+    """A string that UTF-8 can hold: no half of a surrogate pair."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
 
 
 def _are_sizes(value: Any) -> bool:

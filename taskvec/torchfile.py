@@ -98,11 +98,11 @@ def _records(path: Path) -> dict[int, int] | None:
 
     There are none to be read in place where numbers are stored with the other end first.
     """
-    if not zipfile.is_zipfile(path):
-        return None
     sizes: dict[int, int] = {}
     end = path.stat().st_size
     try:
+        if not zipfile.is_zipfile(path):
+            return None
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
             records = archive.infolist()
             if len({record.filename for record in records}) < len(records):
