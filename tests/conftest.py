@@ -130,3 +130,15 @@ def hub() -> Callable[..., str]:
         return hub_id
 
     return put
+
+
+@pytest.fixture(scope="session")
+def commands() -> Iterator[Any]:
+    """Runs commands in processes that are limited or disturbed (`tests.faults.Commands`)."""
+    from tests import system_calls
+    from tests.faults import Commands
+
+    if reason := system_calls.why_not():
+        pytest.skip(reason)
+    with Commands() as server:
+        yield server

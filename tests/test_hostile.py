@@ -8,8 +8,7 @@ import json
 import pytest
 import torch
 
-from tests import hostile, system_calls
-from tests.faults import Commands
+from tests import hostile
 from tests.hostile import CONFIG, Sandbox, file_bytes, header_and_data
 
 MIB = 1 << 20
@@ -21,14 +20,6 @@ def sandbox(tmp_path):
 
 
 # -- sizes ---------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def commands():
-    if reason := system_calls.why_not():
-        pytest.skip(reason)
-    with Commands() as server:
-        yield server
 
 
 def sparse(file, size, start=b""):
