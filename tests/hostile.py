@@ -43,7 +43,7 @@ VECTOR: dict[str, Any] = {"a.weight": np.float32(2) * (B @ A), "b.weight": np.ze
 LORA_CONFIG: dict[str, Any] = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
 CONFIG: dict[str, Any] = {"architectures": ["TinyForCausalLM"], "dtype": "float32"}
 
-_DTYPES = {"float32": "F32", "float16": "F16", "int64": "I64"}
+_DTYPES = {"float32": "F32", "float16": "F16", "float64": "F64", "int64": "I64"}
 
 Header = dict[str, Any]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -120,6 +121,15 @@ def test_a_base_that_is_not_finite_is_certified_by_nobody(sandbox, value):
     ending = sandbox.run("compare_lora_task_vector")
     assert ending.status == 2
     assert "a.weight: holds NaN or infinity" in ending.err
+
+
+def test_a_base_beyond_fp32_is_certified_by_nobody(sandbox):
+    header, data = header_and_data({**hostile.BASE, "a.weight": np.full((4, 3), 1e300)})
+    sandbox.put("base/model.safetensors", file_bytes(header, data))
+    for script in ("compare_lora_task_vector", "merge_lora"):
+        ending = sandbox.run(script)
+        assert ending.status == 2
+        assert "a.weight: " in ending.err
 
 
 @pytest.mark.parametrize(
