@@ -318,14 +318,20 @@ def _norm(factor: torch.Tensor | None) -> float | None:
 def _update_norm(
     A: torch.Tensor | None, B: torch.Tensor | None, scaling: float | None, matrices: int
 ) -> float | None:
-    """‖s B A‖ without forming B A: ‖B A‖² = tr((Bᵀ B)(A Aᵀ)), r x r matrices in float64."""
+    """‖s B A‖ without forming B A: ‖B A‖² = tr((Bᵀ B)(A Aᵀ)), r x r matrices in float64.
+
+    Where the rank is larger than both sides of B A, that is what takes little memory.
+    """
     if A is None or B is None or scaling is None or A.ndim < 2 or B.ndim < 2:
         return None
-    if A.shape[0] != B.shape[1] or A.shape[0] % matrices:
+    if A.shape[0] != B.shape[1] or A.shape[0] % matrices or not A.numel() or not B.numel():
         return None
     each_A = A.reshape(matrices, -1, A[0].numel())
     each_B = B.reshape(B.shape[0], -1, matrices).permute(2, 0, 1)
-    squared = float(((each_B.mT @ each_B) * (each_A @ each_A.mT)).sum())
+    if each_A.shape[1] > max(each_A.shape[2], each_B.shape[1]):
+        squared = float((each_B @ each_A).square().sum())
+    else:
+        squared = float(((each_B.mT @ each_B) * (each_A @ each_A.mT)).sum())
     return _finite(abs(scaling) * math.sqrt(max(0.0, squared))) if squared == squared else None
 
 

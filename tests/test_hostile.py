@@ -29,6 +29,32 @@ def sparse(file, size, start=b""):
         target.truncate(size)
 
 
+TALL = {
+    "base_model.model.a.lora_A.weight": np.full((10**6, 3), 0.5, np.float32),
+    "base_model.model.a.lora_B.weight": np.full((4, 10**6), 0.25, np.float32),
+}
+
+
+def test_a_rank_larger_than_the_matrix_is_measured_in_little_memory(sandbox, commands):
+    sandbox.put("lora/adapter_model.safetensors", file_bytes(*header_and_data(TALL)))
+    config = {"peft_type": "LORA", "r": 10**6, "lora_alpha": 10**6}
+    sandbox.put("lora/adapter_config.json", json.dumps(config).encode())
+    words = sandbox.words("debug_lora_structure")
+    found = commands.run("debug_lora_structure", *words, memory=600 * MIB)
+    assert found.status == 0, found.err
+    (module,) = json.loads((sandbox.out / "lora_structure.json").read_text())["factors"]
+    assert module["update_norm"] == pytest.approx(125_000 * 12**0.5, rel=1e-9)
+
+
+def test_factors_without_elements_are_reported(sandbox):
+    header = {
+        "base_model.model.a.lora_A.weight": _entry([2**31, 0, 0], 0, 0),
+        "base_model.model.a.lora_B.weight": _entry([0, 2**31, 0], 0, 0),
+    }
+    sandbox.put("lora/adapter_model.safetensors", file_bytes(header, b""))
+    assert sandbox.run("debug_lora_structure").status == 1
+
+
 HUGE = {
     "a header of 90 MB that is not there": lambda s: sparse(
         s.home / "base/model.safetensors", 10**12, (90_000_000).to_bytes(8, "little")
