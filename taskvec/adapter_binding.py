@@ -11,20 +11,22 @@ import torch
 from taskvec.adapter_keys import BIAS, MAGNITUDE, TOKENS, A, B, Group, grouped_keys
 from taskvec.adapter_parts import (
     BiasPart,
+    ExpertPart,
     ExpertsPart,
     LowRankPart,
     Part,
     ReplacementPart,
     TokensPart,
 )
+from taskvec.adapter_ties import settle_ties
 from taskvec.checkpoint import Checkpoint
 from taskvec.cli import UserError
+from taskvec.conversions import conversion_of
 from taskvec.lora_config import LoraConfig
-from taskvec.names import renaming
+from taskvec.names import Piece, is_expert, pieces, renaming
 from taskvec.tensorfile import TensorFile, TensorInfo, row_blocks
-from taskvec.ties import tied_to, untie
+from taskvec.ties import tied_to
 
-_HEAD = "lm_head.weight"
 _COMPARED_ELEMENTS = 1 << 20
 
 
@@ -72,13 +74,29 @@ class _Binding:
         own = [
             group.module
             for group in groups
-            if not config.parameters_of(group.module) and not _is_head(group.module)
+            if not config.parameters_of(group.module)
+            and not tied_to(base, f"{group.module}.weight")
         ]
-        self._rename = renaming(own, base)
-        self._untie(groups, whole)
+        named = [name for group in groups for name in config.parameters_of(group.module)]
+        self._rename = renaming(own, base, named)
+        self._pieces = pieces(base)
+        self._refuse_if_strange([*own, *named])
+        settle_ties(file, config, base, groups, whole, self._rename)
         self._check_saved(whole)
         self._squares: list[tuple[str, LowRankPart]] = []
         self._shown: dict[str, bool] = {}
+
+    def _refuse_if_strange(self, adapted: Sequence[str]) -> None:
+        """An adapter of which nothing is found has names of its own, or is of another model."""
+        found = any(
+            self._shape(name) is not None for each in adapted for name in (each, f"{each}.weight")
+        )
+        if adapted and not found:
+            raise UserError(
+                f"{self.file.path}: adapts {adapted[0]}, which {self.base.source} has not got, nor "
+                "any other that it adapts; give the base that it was trained on, and if it is that "
+                "one, load it in transformers and save it with save_original_format=False"
+            )
 
     # -- one wrapper of one module ---------------------------------------------------
 
@@ -96,6 +114,11 @@ class _Binding:
                 if present in tensors
                 else f"{self.file.path}: {group.module} has a {next(iter(tensors))} but no factors"
             )
+        for info in (tensors[A], tensors[B]):
+            if len(info.shape) < 2:
+                raise UserError(
+                    f"{info.path}: {info.name}: {info.dtype} {info.shape} is no LoRA factor"
+                )
         named = self.config.parameters_of(group.module)
         if named:
             self._add_to_parameter(group, named)
@@ -113,7 +136,7 @@ class _Binding:
             *factors,
             scaling,
             transposed=group.embedding,
-            rounds_delta=group.embedding or self.config.rounds_delta,
+            rounds_delta=group.embedding or self.config.rounds_delta or self._is_fused(name),
             magnitude=magnitude,
         )
         if len(info.shape) > 2:
@@ -140,10 +163,20 @@ class _Binding:
         self._add(name, part)
         self._add_bias(group, scaling)
 
+    def _is_fused(self, name: str) -> bool:
+        """Whether PEFT adapts this module's weight as a parameter, since transformers 5 fuses it.
+
+        That holds for experts, and for the router beside them.
+        """
+        experts = conversion_of(self.base.config()).experts
+        return is_expert(self.base, name) or (
+            experts is not None and name.endswith((".mlp.gate.weight", "_moe.gate.weight"))
+        )
+
     def _add_to_parameter(self, group: Group, named: Sequence[str]) -> None:
         """LoRA on a parameter that target_parameters names: a matrix, or a stack of them."""
         fits = [name for name in named if self._fits(group, self._rename(name))]
-        missing = [name for name in named if self._rename(name) not in self.base.tensors]
+        missing = [name for name in named if self._shape(name) is None]
         if len(missing) == len(named):
             raise UserError(
                 f"{self.file.path}: adapts {' and '.join(named)}, which {self.base.source} has not "
@@ -156,11 +189,13 @@ class _Binding:
                 f"{self.file.path}: {group.module}: {shapes} fit "
                 f"{'both' if fits else 'none of'} {choice}, so it is not known what they adapt"
             )
+        if apart := self._pieces.get(self._rename(fits[0])):
+            self._add_to_pieces(group, fits[0], apart)
+            return
         name, info = self._find(fits[0], fits[0])
         experts = info.shape[0] if len(info.shape) == 3 else 1
         scaling = self._checked_scaling(group, fits[0], experts)
-        if BIAS in group.tensors or MAGNITUDE in group.tensors:
-            raise UserError(f"{self.file.path}: {fits[0]}: PEFT has no bias or DoRA for parameters")
+        self._refuse_extras(group, fits[0])
         factors = group.tensors[A], group.tensors[B]
         if experts == 1:
             stored = info.shape if len(info.shape) == 3 else None
@@ -170,6 +205,25 @@ class _Binding:
             part = ExpertsPart(self.file, *factors, scaling, experts, transposed)
         self._add(name, part)
 
+    def _add_to_pieces(self, group: Group, parameter: str, apart: Sequence[Piece]) -> None:
+        """LoRA on experts that are fused in memory, and lie one by one in the base's file."""
+        experts = len(apart) // apart[0].parts
+        scaling = self._checked_scaling(group, parameter, experts)
+        self._refuse_extras(group, parameter)
+        factors = group.tensors[A], group.tensors[B]
+        whole = ExpertsPart(self.file, *factors, scaling, experts, transposed=False)
+        for piece in apart:
+            name, info = self._find(piece.name, piece.name)
+            rows, columns = factors[1].shape[0] // piece.parts, factors[0].shape[1]
+            self._check_shape(group, name, info, (rows, columns))
+            self._add(name, ExpertPart(whole, piece))
+
+    def _refuse_extras(self, group: Group, parameter: str) -> None:
+        if BIAS in group.tensors or MAGNITUDE in group.tensors:
+            raise UserError(
+                f"{self.file.path}: {parameter}: PEFT has no bias or DoRA for parameters"
+            )
+
     def _is_transposed(self, group: Group, name: str, info: TensorInfo) -> bool:
         """Whether a stack's matrices are stored (in, out); the shape of a square one cannot say."""
         into, out = group.tensors[A].shape[1], group.tensors[B].shape[0]
@@ -178,7 +232,7 @@ class _Binding:
         kind = self.base.config().get("model_type")
         if kind in _TRANSPOSED_EXPERTS:
             return True
-        if kind in _EXPERTS_BY_OUTPUT:
+        if kind in _EXPERTS_BY_OUTPUT or conversion_of(self.base.config()).experts:
             return False
         raise UserError(
             f"{self.file.path}: {name} in {self.base.source} holds square matrices {info.shape}, "
@@ -225,6 +279,12 @@ class _Binding:
     # -- whole tensors ----------------------------------------------------------------
 
     def add_whole(self, parameter: str, info: TensorInfo) -> None:
+        if self._rename(parameter) not in self.base.tensors:
+            raise UserError(
+                f"{info.path}: replaces {parameter}, which {self.base.source} has not got; load "
+                "the base in transformers with the head that was trained (AutoModelFor...), save "
+                "it, and merge into that"
+            )
         name, found = self._find(parameter, parameter)
         if found.shape != info.shape:
             raise UserError(
@@ -271,59 +331,18 @@ class _Binding:
                         f"{self.config.file.name} names {module}; the file is incomplete"
                     )
 
-    # -- ties -------------------------------------------------------------------------
-
-    def _untie(self, groups: Sequence[Group], whole: dict[str, TensorInfo]) -> None:
-        """Make a tied head a parameter where the adapter changes it or the embedding alone.
-
-        Trainable tokens of the embedding count for both, as in PEFT. So does what
-        ensure_weight_tying keeps alike, which PEFT writes twice.
-        """
-        changed = {f"{group.module}.weight": group for group in groups}
-        modules = [*changed, *whole]
-        heads = [name for name in modules if tied_to(self.base, name)]
-        embedding = tied_to(self.base, heads[0] if heads else _HEAD)
-        if embedding is None:
-            return
-        ours = next((n for n in modules if n not in heads and self._rename(n) == embedding), None)
-        if self.config.values.get("ensure_weight_tying") and ours is not None:
-            self._drop_twin(changed, whole, ours)
-            return
-        both = ours in changed and TOKENS in changed[ours].tensors if ours else False
-        for head in heads or ([_HEAD] if ours is not None and not both else []):
-            untie(self.base, head)
-
-    def _drop_twin(
-        self, changed: dict[str, Group], whole: dict[str, TensorInfo], embedding: str
-    ) -> None:
-        """Leave out what PEFT wrote for a head that it kept tied, once it is seen to be the same.
-
-        Raises:
-            UserError: it is not the same.
-        """
-        pairs: list[tuple[TensorInfo, TensorInfo]] = []
-        if _HEAD in changed and embedding in changed:
-            head, source = changed[_HEAD].tensors, changed[embedding].tensors
-            pairs = [(head[A], source[B]), (head[B], source[A])]
-            changed[_HEAD].tensors.clear()
-        elif _HEAD in whole and embedding in whole:
-            pairs = [(whole[_HEAD], whole[embedding])]
-        for twin, original in pairs:
-            mine, other = self.file.read(twin), self.file.read(original)
-            if not torch.equal(mine, other.T if mine.shape != other.shape else other):
-                raise UserError(
-                    f"{self.file.path}: {twin.name} is not {original.name}, although "
-                    f"ensure_weight_tying is set in {self.config.file.name}"
-                )
-        if pairs:
-            whole.pop(_HEAD, None)
-
     # -- checks -----------------------------------------------------------------------
 
     def _find(self, parameter: str, adapted: str) -> tuple[str, TensorInfo]:
         """The base's name for a parameter, and where it lies."""
         name = self._rename(parameter)
         info = self.base.tensors.get(name)
+        if info is None and is_expert(self.base, parameter):
+            raise UserError(
+                f"{self.file.path}: adapts {adapted}, but {self.base.source} lacks it, or has its "
+                "experts fused where the adapter has them one by one; use the base as it was "
+                "published"
+            )
         if info is None:
             raise UserError(
                 f"{self.file.path}: adapts {adapted}, which {self.base.source} has not got"
@@ -343,11 +362,6 @@ class _Binding:
         rank, scaling = self.config.scaling(named)
         found_A, found_B = group.tensors[A], group.tensors[B]
         wanted = rank * matrices
-        if len(found_A.shape) < 2 or len(found_B.shape) < 2:
-            thin = found_A if len(found_A.shape) < 2 else found_B
-            raise UserError(
-                f"{thin.path}: {thin.name}: {thin.dtype} {thin.shape} is no LoRA factor"
-            )
         if found_A.shape[0] != wanted or found_B.shape[1] != wanted:
             times = f" for each of {matrices} matrices" if matrices > 1 else ""
             raise UserError(
@@ -395,17 +409,24 @@ class _Binding:
 
     def _fits(self, group: Group, name: str) -> bool:
         """Whether a pair has the shape of a parameter or of the matrices stacked in it."""
-        info = self.base.tensors.get(name)
-        if info is None:
+        shape = self._shape(name)
+        if shape is None:
             return False
         into, out = group.tensors[A].shape[1], group.tensors[B].shape[0]
-        if len(info.shape) == 3 and info.shape[0] > 1:
-            return {into, out} == set(info.shape[1:]) and into + out == sum(info.shape[1:])
-        return info.shape[-2:] == (out, into)
+        if len(shape) == 3 and shape[0] > 1:
+            return {into, out} == set(shape[1:]) and into + out == sum(shape[1:])
+        return shape[-2:] == (out, into)
 
-    def _shape(self, name: str) -> tuple[int, ...] | None:
-        info = self.base.tensors.get(self._rename(name))
-        return info.shape if info else None
+    def _shape(self, parameter: str) -> tuple[int, ...] | None:
+        """A parameter's shape in memory; None if the base has not got it."""
+        name = self._rename(parameter)
+        if name in self.base.tensors:
+            return self.base.tensors[name].shape
+        apart = self._pieces.get(name)
+        if not apart:
+            return None
+        parts, (rows, *rest) = apart[0].parts, self.base.tensors[apart[0].name].shape
+        return (len(apart) // parts, parts * rows, *rest)
 
     # -- orientation of square weights ---------------------------------------------------
 
@@ -433,7 +454,7 @@ class _Binding:
 
 # How transformers stores a stack of experts: its modules' ``is_transposed``.
 _TRANSPOSED_EXPERTS = ("gpt_oss", "llama4", "llama4_text")
-_EXPERTS_BY_OUTPUT = ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "olmoe", "granitemoe")
+_EXPERTS_BY_OUTPUT = ("granitemoe",)
 
 
 def _check_whole(file: TensorFile, config: LoraConfig, whole: dict[str, TensorInfo]) -> None:
@@ -448,7 +469,3 @@ def _check_whole(file: TensorFile, config: LoraConfig, whole: dict[str, TensorIn
                 f"{file.path}: {info.name}: a whole tensor that neither modules_to_save nor bias "
                 f"of {config.file.name} names; add it to modules_to_save if it was trained"
             )
-
-
-def _is_head(module: str) -> bool:
-    return f"{module}.weight" == _HEAD

@@ -8,7 +8,7 @@ the merge itself uses, take it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from taskvec.adapter_problems import (
 from taskvec.checkpoint import Checkpoint, locate_adapter
 from taskvec.cli import UserError
 from taskvec.lora_config import LoraConfig, load_config
-from taskvec.names import naming_rules, renaming
+from taskvec.names import by_key, naming_rules, pieces, renaming
 from taskvec.targets import TargetRule
 from taskvec.tensorfile import TensorFile, TensorInfo, row_blocks
 from taskvec.update import Update
@@ -137,9 +137,10 @@ def inspect_adapter(source: str, base: Checkpoint | None = None) -> AdapterRepor
         attempt = _try_merge(source, base) if base is not None else None
         sides = _sides(file.tensors)
         named = {module: _adapted(module, file.tensors, sides[module], config) for module in sides}
-        rule = _naming_rule([name for name, _ in named.values()], base)
+        find = _finder(base)
+        rule = _naming_rule([name for name, _ in named.values()], base, find)
         factors = [
-            _measure(file, *named[module], found, config, _parameter(named[module][0], rule, base))
+            _measure(file, *named[module], found, config, find(named[module][0], rule))
             for module, found in sides.items()
         ]
         problems = [*config_problems(config), *tensor_problems(file.tensors, config)]
@@ -196,36 +197,58 @@ def _sides(tensors: Mapping[str, TensorInfo]) -> dict[str, dict[str, TensorInfo]
     return sides
 
 
-def _naming_rule(modules: Sequence[str], base: Checkpoint | None) -> tuple[str, str]:
+_Finder = Callable[[str, tuple[str, str]], str | None]
+
+
+def _naming_rule(modules: Sequence[str], base: Checkpoint | None, find: _Finder) -> tuple[str, str]:
     """Of the ways in which the base may name modules, the one that fits most of them."""
     if base is None:
         return "", ""
     return max(
         naming_rules(modules, base),
-        key=lambda rule: sum(_parameter(module, rule, base) is not None for module in modules),
+        key=lambda rule: sum(find(module, rule) is not None for module in modules),
     )
 
 
-def _parameter(module: str, rule: tuple[str, str], base: Checkpoint | None) -> str | None:
+def _finder(base: Checkpoint | None) -> _Finder:
+    """Finds what the base calls the weight of a module, or a parameter; the first of its pieces."""
     if base is None:
+        return lambda module, rule: None
+    tensors, rename = base.tensors, renaming([], base)
+    apart = {fused: found[0].name for fused, found in pieces(base).items()}
+
+    def find(module: str, rule: tuple[str, str]) -> str | None:
+        strip, add = rule
+        names = (f"{module}.weight", module)
+        for name in (*map(rename, names), *names):
+            found = add + name.removeprefix(strip)
+            if found in tensors or found in apart:
+                return apart.get(found, found)
         return None
-    strip, add = rule
-    names = (f"{module}.weight", module)
-    for name in (*(renaming([], base)(name) for name in names), *names):
-        found = add + name.removeprefix(strip)
-        if found in base.tensors:
-            return found
-    return None
+
+    return find
 
 
-def _base_modules(base: Checkpoint, rule: tuple[str, str]) -> list[str]:
-    """The base's modules that can be adapted, as the adapter would name them."""
+def _base_modules(base: Checkpoint, rule: tuple[str, str], adapted: Sequence[str]) -> list[str]:
+    """The base's modules that can be adapted, as the adapter would name them.
+
+    That is by what they are called in memory, or in the file where the adapter does so too.
+    """
     strip, add = rule
-    return [
-        strip + name.removesuffix(".weight").removeprefix(add)
-        for name, info in base.tensors.items()
-        if name.endswith(".weight") and name.startswith(add) and len(info.shape) > 1
-    ]
+
+    def modules(names: Iterable[str]) -> list[str]:
+        return [
+            strip + name.removesuffix(".weight").removeprefix(add)
+            for name in names
+            if name.endswith(".weight") and name.startswith(add)
+        ]
+
+    matrices = {
+        key: name for key, name in by_key(base).items() if len(base.tensors[name].shape) > 1
+    }
+    in_file = modules(matrices.values())
+    in_memory = modules(n if key.expert is not None else key.name for key, n in matrices.items())
+    return in_file if set(adapted) & (set(in_file) - set(in_memory)) else in_memory
 
 
 def _base_problems(
@@ -235,10 +258,15 @@ def _base_problems(
     base: Checkpoint | None,
 ) -> list[Problem]:
     """What does not fit the base; without one, what does not fit within the adapter."""
-    adapted, targets = [found.module for found in factors], TargetRule(config.values)
+    targets = TargetRule(config.values)
+    adapted = [  # what target_parameters names is none of target_modules' business
+        found.module
+        for found in factors
+        if found.module not in config.parameters_of(found.module.rpartition(".")[0])
+    ]
     if base is None:
         return list(target_problems(targets, adapted, adapted, "the adapter file"))
-    modules = _base_modules(base, rule)
+    modules = _base_modules(base, rule, adapted)
     return [
         *fit_problems(factors, base, config),
         *target_problems(targets, adapted, modules, "the base"),

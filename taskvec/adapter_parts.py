@@ -12,6 +12,7 @@ import torch
 
 from taskvec.checkpoint import Checkpoint
 from taskvec.cli import UserError
+from taskvec.names import Piece
 from taskvec.tensorfile import TensorFile, TensorInfo
 from taskvec.update import Update
 from taskvec.updates.dora import Dora
@@ -128,6 +129,37 @@ class ExpertsPart:
                 for e in range(self.experts)
             ),
         )
+
+
+@dataclass(frozen=True)
+class ExpertPart:
+    """One matrix's share of an `ExpertsPart`, where the base keeps the matrices one by one.
+
+    Attributes:
+        piece: which matrix, and which of its rows.
+    """
+
+    whole: ExpertsPart
+    piece: Piece
+
+    @property
+    def scaling(self) -> float:
+        return self.whole.scaling
+
+    @property
+    def source(self) -> TensorInfo:
+        return self.whole.A
+
+    def update(self, parameter: str, base: Checkpoint, device: torch.device) -> Update:
+        whole, piece = self.whole, self.piece
+        rank, rows = whole.A.rows // whole.experts, whole.B.rows // piece.parts
+        A = whole.file.read(whole.A, piece.expert * rank, (piece.expert + 1) * rank)
+        B = whole.file.read(whole.B, piece.part * rows, (piece.part + 1) * rows)
+        A, B = A.to(device, torch.float32), B.to(device, torch.float32)
+        for info, factor in ((whole.A, A), (whole.B, B)):
+            _refuse_non_finite(info, factor)
+        B = B.reshape(rows, -1, whole.experts)[:, :, piece.expert].contiguous()
+        return LowRank(parameter, A, B, whole.scaling, rounds_delta=True, kind="LoRA of experts")
 
 
 @dataclass(frozen=True)

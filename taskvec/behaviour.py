@@ -89,7 +89,10 @@ def tokenize(directory: str, prompts: Sequence[str]) -> list[list[int]]:
         tokenizer = AutoTokenizer.from_pretrained(directory)
     except (OSError, ValueError) as error:
         raise UserError(f"{directory}: no tokenizer for the behavioural check: {error}") from None
-    return [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    found = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    if not all(found):  # what transformers makes of a tokenizer whose files are not there
+        raise UserError(f"{directory}: its tokenizer finds no tokens in a prompt")
+    return found
 
 
 def adapter_logits(
@@ -148,6 +151,7 @@ def _model(source: str, device: torch.device) -> Iterator[Any]:
 
 def _add_task_vector(model: Any, file: TensorFile) -> None:
     """Add in place, row block by row block; names may be those of files, with or without prefix."""
+    _untie_where_it_differs(model, file)
     state = model.state_dict()
     conversion = conversion_of(model.config.to_dict())
     added: set[tuple[int, int]] = set()
@@ -161,9 +165,22 @@ def _add_task_vector(model: Any, file: TensorFile) -> None:
         if place in added:  # a second copy of a tied tensor
             continue
         added.add(place)
+        rows = target.view(info.rows, *info.row_shape)
         for start, stop in row_blocks(info, _BLOCK_ELEMENTS):
-            rows = file.read(info, start, stop).to(target.device)
-            target.view(info.rows, *info.row_shape)[start:stop] += rows
+            rows[start:stop] += file.read(info, start, stop).to(target.device)
+
+
+def _untie_where_it_differs(model: Any, file: TensorFile) -> None:
+    """Give the output head weights of its own where the task vector changes it in its own way."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or head.weight is not embedding.weight:
+        return
+    state, prefix = model.state_dict(), f"{model.base_model_prefix}."
+    targets = {name: _target(state, Conversion(), name, prefix) for name in file.tensors}
+    place = head.weight.data_ptr()
+    shared = [name for name, at in targets.items() if at is not None and at.data_ptr() == place]
+    if len(shared) == 2 and not torch.equal(*(file.read(file.tensors[name]) for name in shared)):
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
 
 
 def _target(

@@ -120,7 +120,7 @@ class Checkpoint:
         for name, info in self.tensors.items():
             if match := _QUANTISED.search(name):
                 return f"{_METHODS[match.lastgroup or '']}: {name}"
-            if str(info.dtype).startswith("torch.float8"):
+            if str(info.dtype).startswith("torch.float8") and len(info.shape) > 1:
                 return f"fp8: {name}"
         return None
 

@@ -186,11 +186,11 @@ def conversion_of(config: Mapping[str, Any]) -> Conversion:
 
 # Modules that stay in fp32 in a model that is loaded in another dtype, by model_type; regular
 # expressions. The first kind does only in fp16, whose range they would leave.
-_KEPT_FROM_FP16 = {
-    **dict.fromkeys(("t5", "mt5", "umt5", "pop2piano", "udop"), r"wo"),
+KEPT_FROM_FP16 = {
+    **dict.fromkeys(("t5", "mt5", "umt5", "udop"), r"wo"),
     "gpt_oss": r"post_attention_layernorm|input_layernorm|norm",
 }
-_KEPT = dict.fromkeys(("deepseek_v3", "dots1", "glm4_moe"), r"e_score_correction_bias")
+KEPT = dict.fromkeys(("deepseek_v3", "dots1", "glm4_moe"), r"e_score_correction_bias")
 
 
 def stays_in_fp32(config: Mapping[str, Any], name: str, dtype: torch.dtype) -> bool:
@@ -201,8 +201,8 @@ def stays_in_fp32(config: Mapping[str, Any], name: str, dtype: torch.dtype) -> b
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or dtype not in (torch.float16, torch.bfloat16):
         return False
-    patterns = [_KEPT.get(model_type)]
+    patterns = [KEPT.get(model_type)]
     if dtype is torch.float16:
-        patterns.append(_KEPT_FROM_FP16.get(model_type))
+        patterns.append(KEPT_FROM_FP16.get(model_type))
     memory = conversion_of(config).key(name).name
     return any(pattern is not None and re.search(pattern, memory) for pattern in patterns)

@@ -175,12 +175,13 @@ def _plan_shards(
     }
     if max_shard_size is not None:
         return _split(list(specs.values()), _parse_size(max_shard_size))
-    if len(base.shards) == 1:
+    shards: dict[Path, Shard] = {}
+    for name, spec in specs.items():
+        path = base.tensors[name].path
+        shards.setdefault(path, Shard(_shard_name(path), [])).tensors.append(spec)
+    if len(shards) == 1:
         return [Shard(SINGLE_FILE, list(specs.values()))]
-    return [
-        Shard(_shard_name(path), [specs[name] for name in specs if base.tensors[name].path == path])
-        for path in base.shards
-    ]
+    return list(shards.values())
 
 
 def _shard_name(path: Path) -> str:

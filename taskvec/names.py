@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import NamedTuple
 
 from taskvec.checkpoint import Checkpoint
 from taskvec.cli import UserError, notice
@@ -22,27 +23,42 @@ Rule = tuple[str, str]
 
 # Causal masks, positions and frequencies, which a model computes when it is made. Older versions of
 # transformers saved them, newer ones do not.
-_BUFFER = re.compile(
-    r"(^|\.)(attn|attention)\.(masked_)?bias$|(^|\.)(inv_freq|position_ids|token_type_ids)$"
-)
+_MASK = re.compile(r"(^|\.)(attn|attention)\.(masked_)?bias$")
+_COMPUTED = re.compile(r"(^|\.)(inv_freq|position_ids|token_type_ids)$")
 
 
-def renaming(modules: list[str], base: Checkpoint) -> Callable[[str], str]:
+def renaming(
+    modules: Iterable[str], base: Checkpoint, parameters: Iterable[str] = ()
+) -> Callable[[str], str]:
     """From a parameter's name in an adapter to its name in the base; one rule fits every module.
 
-    A tied head that the base's file leaves out is the embedding, which is what PEFT adds to. A name
-    that no rule finds in the base comes back unchanged.
+    A tied head that the base's file leaves out is the embedding. A tensor that is fused in memory,
+    and lies in pieces in the base's file, is called what it is in memory (`pieces`). A name that no
+    rule finds in the base comes back unchanged.
+
+    Args:
+        modules: what the adapter adapts, by module.
+        parameters: and by parameter.
     """
     files = by_key(base)
+    fused = {key.name for key in files if key.expert is not None}
     conversion = conversion_of(base.config())
 
     def find(name: str, rule: Rule) -> str | None:
-        return files.get(_renamed(conversion.key(name), rule)) or tied_to(base, name)
+        key = _renamed(conversion.key(name), rule)
+        in_pieces = key.name if key.expert is None and key.name in fused else None
+        return files.get(key) or in_pieces or tied_to(base, name)
 
-    for rule in naming_rules(modules, base):
-        if all(find(f"{module}.weight", rule) for module in modules):
+    adapted = [*(f"{module}.weight" for module in modules), *parameters]
+    for rule in naming_rules(adapted, base):
+        if all(find(name, rule) for name in adapted):
             return lambda name: find(name, rule) or name
     return lambda name: name
+
+
+def is_expert(base: Checkpoint, name: str) -> bool:
+    """Whether a tensor of a base is one expert's, and fused with the others' in memory."""
+    return conversion_of(base.config()).key(name).expert is not None
 
 
 def naming_rules(modules: Iterable[str], base: Checkpoint) -> list[Rule]:
@@ -55,6 +71,48 @@ def naming_rules(modules: Iterable[str], base: Checkpoint) -> list[Rule]:
     strips = heads if len(heads) == 1 else set()
     adds = sorted({name.split(".", 1)[0] + "." for name in base.tensors})
     return [("", ""), *((head, "") for head in strips), *(("", head) for head in adds)]
+
+
+class Piece(NamedTuple):
+    """A tensor of a base that is one part of one expert of a tensor that is fused in memory.
+
+    Attributes:
+        name: in the base's file.
+        expert: its number.
+        part, parts: which of how many equal parts of the expert's rows it is.
+    """
+
+    name: str
+    expert: int
+    part: int
+    parts: int
+
+
+def pieces(base: Checkpoint) -> dict[str, list[Piece]]:
+    """Where a base keeps the experts that are fused in memory, by the fused tensor's name there.
+
+    The names have the base's leading part; a base that keeps them fused has none.
+
+    Raises:
+        UserError: some of a tensor's pieces are missing.
+
+    Example:
+        pieces(mixtral)["model.layers.0.mlp.experts.down_proj"]
+        -> [Piece("model.layers.0.block_sparse_moe.experts.0.w2.weight", 0, 0, 1), ...]
+    """
+    conversion = conversion_of(base.config())
+    found: dict[str, list[Piece]] = {}
+    for key, name in by_key(base, conversion).items():
+        if key.expert is not None:
+            piece = Piece(name, key.expert, key.part, conversion.parts(key.name))
+            found.setdefault(key.name, []).append(piece)
+    for fused, apart in found.items():
+        apart.sort(key=lambda piece: (piece.expert, piece.part))
+        parts = apart[0].parts
+        wanted = [(number // parts, number % parts) for number in range(len(apart))]
+        if len(apart) % parts or [(piece.expert, piece.part) for piece in apart] != wanted:
+            raise UserError(f"{base.source}: some experts of {fused} are missing; get it whole")
+    return found
 
 
 def by_key(model: Checkpoint, conversion: Conversion | None = None) -> dict[Key, str]:
@@ -93,7 +151,7 @@ def aligned(base: Checkpoint, other: Checkpoint, *, partly: bool = False) -> Che
         if info is not None:
             _check_alike(base, other, base.tensors[name], info)
             found[name] = info
-        elif not partly and not _BUFFER.search(name):
+        elif not partly and not _is_buffer(base.tensors[name]):
             raise UserError(f"{other.source}: has no {name}, which {base.source} has")
     _check_extra(base, other, {info.name for info in found.values()})
     if not partly:
@@ -181,11 +239,17 @@ def _check_alike(
         )
 
 
+def _is_buffer(info: TensorInfo) -> bool:
+    """Whether a tensor is computed, not trained. A mask is (1, 1, n, n), or the number it has."""
+    mask = _MASK.search(info.name) and (info.shape == () or info.shape[:2] == (1, 1))
+    return bool(mask or _COMPUTED.search(info.name))
+
+
 def _check_extra(base: Checkpoint, other: Checkpoint, used: Collection[str]) -> None:
     """What the other model has and the base has not can only be a buffer."""
     extra = [name for name in other.tensors if name not in used]
     for name in extra:
-        if not _BUFFER.search(name):
+        if not _is_buffer(other.tensors[name]):
             raise UserError(f"{base.source}: has no {name}, which {other.source} has")
     _say_absent(base, extra)
 

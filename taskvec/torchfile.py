@@ -111,7 +111,8 @@ def _spool(path: Path) -> tuple[int, dict[str, TensorInfo]]:
             infos[name] = TensorInfo(
                 name, tensor.dtype, tuple(tensor.shape), path, end, raw.numel()
             )
-            for piece in raw.split(_PIECE_BYTES):
+            for start in range(0, raw.numel(), _PIECE_BYTES):
+                piece = raw[start : start + _PIECE_BYTES]
                 spool.write(memoryview(piece.numpy()))  # type: ignore[arg-type]
             end += raw.numel()
         spool.flush()
@@ -125,7 +126,8 @@ def _load(path: Path, device: str) -> dict[str, torch.Tensor]:
         UserError: torch refuses it, or it holds anything but strided tensors by name.
     """
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             content: Any = torch.load(path, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))

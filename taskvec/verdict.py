@@ -96,8 +96,13 @@ def judge(results: Sequence[ParameterResult]) -> Verdict:
 
 def merged_precision(results: Sequence[ParameterResult]) -> str:
     """The format that the adapted parameters are stored in: fp32, fp16, bf16 or mixed."""
-    names = {comparison.certificate.format.name for _, comparison in adapted(results)}
-    return names.pop() if len(names) == 1 else "mixed"
+    names = _formats(results)
+    return names[0] if len(names) == 1 else "mixed"
+
+
+def _formats(results: Sequence[ParameterResult]) -> list[str]:
+    found = {comparison.certificate.format.name for _, comparison in adapted(results)}
+    return sorted(found, reverse=True)
 
 
 def rounding_cost(results: Sequence[ParameterResult]) -> Cost:
@@ -113,9 +118,9 @@ def rounding_cost(results: Sequence[ParameterResult]) -> Cost:
     relative = math.sqrt(error / delta)
     snr = -20 * math.log10(relative) if relative else None
     sentence = (
-        f"In {merged_precision(results)}, this merge keeps {percent(max(0.0, 1 - relative))} of "
-        f"the update: {percent(relative)} of its norm is error, and {percent(lost_share)} of its "
-        "elements did not move at all."
+        f"In {' and '.join(_formats(results))}, this merge keeps "
+        f"{percent(max(0.0, 1 - relative))} of the update: {percent(relative)} of its norm is "
+        f"error, and {percent(lost_share)} of its elements did not move at all."
     )
     return Cost(relative, lost_share, snr, sentence)
 

@@ -7,7 +7,11 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
+import analyze_lora_vs_task_vector_math
+import final_validation
+import investigate_parameter_changes
 import merge_lora
+import quick_precision_test
 from compare_lora_task_vector import compare
 from extract_task_vectors import extract
 from taskvec.adapter import open_adapter
@@ -154,3 +158,22 @@ def test_a_task_vector_alone_is_certified_too(tiny, tmp_path, kind):
         assert found.holds
         assert found.summary["certificate"]["verdict"] == "exact"
         assert found.summary["certificate"]["unexplained_parameters"] == []
+
+
+@pytest.mark.parametrize("kind", ["DoRA of Conv1D", "experts", "bias all", "convolution"])
+def test_the_whole_chain_takes_it(tiny, tmp_path, monkeypatch, capsys, kind):
+    base, adapter = make_kind(tiny, kind)
+    monkeypatch.chdir(tmp_path)
+    pair = ["--base_model", str(base), "--lora_path", str(adapter), "--device", "cpu"]
+    made = "validation_results"
+    assert final_validation.main([*pair, "--precisions", "bf16", "--no-behaviour"]) == 0
+    assert quick_precision_test.main([*pair, "--output_dir", "precision"]) == 0
+    vector = ["--task_vector_path", f"{made}/task_vectors_bf16", "--output_dir", "changes"]
+    assert investigate_parameter_changes.main([*pair, *vector]) == 0
+    files = {
+        "lora": f"{made}/comparison_results_bf16/lora_deltas.safetensors",
+        "task_vector": f"{made}/task_vectors_bf16/task_vector.safetensors",
+    }
+    flags = [word for name, file in files.items() for word in (f"--{name}_file", file)]
+    assert analyze_lora_vs_task_vector_math.main([*flags, "--device", "cpu"]) == 0
+    assert "VALIDATION SUCCESSFUL" in capsys.readouterr().out

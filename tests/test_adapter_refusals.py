@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 
+import merge_lora
 from taskvec.adapter import open_adapter
 from taskvec.checkpoint import open_checkpoint
 from taskvec.cli import UserError
+from tests.adapter_kinds import make_kind
 from tests.checks import edit_json, edit_tensors
 
 CPU = torch.device("cpu")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 Q0 = "model.layers.0.self_attn.q_proj"
 KEY = f"base_model.model.{Q0}"
+EMBEDDING = "base_model.model.model.embed_tokens"
 
 
 def refused(base, adapter, message):
@@ -167,3 +171,74 @@ def test_a_quantised_base_is_called_that_and_not_misshapen(llama, llama_lora, co
     packed = torch.ones(512, 1, dtype=torch.uint8)  # as bitsandbytes packs it
     edit_tensors(base / "model.safetensors", lambda t: t.update({f"{Q0}.weight": packed}))
     refused(base, llama_lora, r"is quantised \(bitsandbytes\)")
+
+
+WRONG_PARTS: dict[str, tuple[str, dict[str, Any], Any, str]] = {
+    "token beyond the vocabulary": (
+        "tokens",
+        {"trainable_token_indices": [5, 1, 96]},
+        None,
+        r"token 96 is beyond the 96 of model\.embed_tokens\.weight; resize",
+    ),
+    "another number of tokens": (
+        "tokens",
+        {"trainable_token_indices": [5, 1]},
+        None,
+        r"rows \(3, 32\) do not fit the 2 token indices",
+    ),
+    "tokens twice": (
+        "tokens",
+        {"trainable_token_indices": [5, 5, 1]},
+        None,
+        "does not give the tokens of model.embed_tokens as different whole numbers",
+    ),
+    "magnitudes of another size": (
+        "DoRA",
+        {},
+        lambda t: t.update({f"{KEY}.lora_magnitude_vector": torch.ones(31)}),
+        r"lora_magnitude_vector \(31,\) does not fit the 32 outputs",
+    ),
+    "an embedding of another size": (
+        "embedding",
+        {},
+        lambda t: t.update({f"{EMBEDDING}.lora_embedding_A": torch.ones(4, 95)}),
+        r"embed_tokens: B @ A is \(95, 32\), but .* is \(96, 32\)",
+    ),
+    "a bias of another size": (
+        "lora_bias",
+        {},
+        lambda t: t.update({f"{KEY}.lora_B.bias": torch.ones(31)}),
+        r"q_proj: B @ A is \(31,\), but .*q_proj\.bias in .* is \(32,\)",
+    ),
+    "experts of another rank": (
+        "experts",
+        {"r": 3},
+        None,
+        r"do not have the rank 3 of adapter_config\.json",
+    ),
+    "a saved tensor of another size": (
+        "modules_to_save",
+        {},
+        lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(97, 32)}),
+        r"is \(97, 32\), but lm_head\.weight in .* is \(96, 32\); resize the base",
+    ),
+    "a saved tensor that is not finite": (
+        "modules_to_save",
+        {},
+        lambda t: t["base_model.model.lm_head.weight"][1, 1].fill_(math.nan),
+        "lm_head.weight: 1 values are NaN or infinite",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_PARTS)
+def test_parts_that_do_not_fit_are_named(tiny, copied, tmp_path, case):
+    kind, changes, change, message = WRONG_PARTS[case]
+    base, adapter = make_kind(tiny, kind)
+    adapter = copied(adapter)
+    edit_json(adapter / CONFIG, **changes)
+    if change is not None:
+        edit_tensors(adapter / WEIGHTS, change)
+    with pytest.raises(UserError, match=message):
+        merge_lora.merge(str(base), str(adapter), tmp_path / "m", device="cpu")
+    assert not (tmp_path / "m").exists()

@@ -2,61 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel
 
 import final_validation
-from compare_lora_task_vector import compare
 from extract_task_vectors import extract
 from merge_lora import merge
 from taskvec.checkpoint import open_checkpoint
 from taskvec.cli import UserError
 from tests.checks import assert_same_bits, edit_json, names, weights
 from tests.models import load, peft_merge
-
-FAST = {"generate_plots": False, "detailed_report": False, "device": "cpu"}
-INDEX = "pytorch_model.bin.index.json"
-
-
-def as_bin(source: Path, target: Path, tensors=None, *, shards=1, **options) -> Path:
-    """A model directory whose weights are in pytorch_model.bin, or in shards of it."""
-    target.mkdir()
-    shutil.copyfile(source / "config.json", target / "config.json")
-    tensors = weights(source) if tensors is None else tensors
-    order = list(tensors)
-    if shards == 1:
-        torch.save(tensors, target / "pytorch_model.bin", **options)
-        return target
-    weight_map = {}
-    for number in range(shards):
-        file = f"pytorch_model-{number + 1:05d}-of-{shards:05d}.bin"
-        part = {name: tensors[name] for name in order[number::shards]}
-        torch.save(part, target / file, **options)
-        weight_map |= dict.fromkeys(part, file)
-    (target / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    return target
-
-
-def certify(base, adapter, merged, directory):
-    """The verdict on a merged model, directly and through its extracted task vector."""
-    extract(str(base), str(merged), directory / "tv", device="cpu")
-    return [
-        compare(
-            str(base),
-            str(adapter),
-            directory / "comparison",
-            **given,
-            **FAST,
-        ).summary["certificate"]["verdict"]
-        for given in ({"finetuned_model": str(merged)}, {"task_vector_path": directory / "tv"})
-    ]
-
+from tests.stored import as_bin, certify
 
 # -- pickled weights ---------------------------------------------------------------
 
@@ -242,140 +201,13 @@ def test_buffers_are_carried_through_and_may_be_missing_in_one_of_the_models(
         assert "leaves out the buffer model." in capsys.readouterr().err
 
 
-# -- names -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("family", ["gpt2", "starcoder2", "opt", "bert"])
-def test_models_whose_names_differ_by_their_heads_prefix_are_compared(tiny, tmp_path, family):
-    base = tiny.base(family)
-    adapter = tiny.adapter(base)
-    merged = peft_merge(base, adapter, torch.float32)
-    merged.save_pretrained(tmp_path / "with")
-    backbone = load(base).base_model
-    if family == "bert":  # its head's own weights have no counterpart: compare backbones
-        merged.base_model.save_pretrained(tmp_path / "with")
-    backbone.save_pretrained(tmp_path / "base")
-    assert not names_of(tmp_path / "base") & names_of(base)
-    assert certify(tmp_path / "base", adapter, tmp_path / "with", tmp_path) == ["exact"] * 2
-    if family != "bert":
-        merged.base_model.save_pretrained(tmp_path / "without")
-        assert certify(base, adapter, tmp_path / "without", tmp_path) == ["exact"] * 2
-
-
-def names_of(directory: Path) -> set[str]:
-    return set(weights(directory))
-
-
-def test_a_tied_head_that_only_one_file_stores_is_no_difference(tiny, tmp_path, capsys):
-    base = tiny.base("gpt2")
-    adapter = tiny.adapter(base)
-    merged = peft_merge(base, adapter, torch.float32)
-    merged.save_pretrained(tmp_path / "once")
-    twice = as_bin(base, tmp_path / "twice", merged.state_dict())
-    base_twice = as_bin(base, tmp_path / "base", load(base).state_dict())
-    assert "lm_head.weight" in torch.load(base_twice / "pytorch_model.bin", weights_only=True)
-    for one, other in ((base, twice), (base_twice, tmp_path / "once"), (base_twice, twice)):
-        capsys.readouterr()
-        assert certify(one, adapter, other, tmp_path) == ["exact", "exact"]
-        said = "stores the tied lm_head.weight twice; it is one with transformer.wte.weight"
-        assert said in capsys.readouterr().err
-    merge(str(base_twice), str(adapter), tmp_path / "m", device="cpu")
-    assert_same_bits(weights(tmp_path / "m"), weights(tmp_path / "once"))
-    assert weights(tmp_path / "m").keys() == weights(tmp_path / "once").keys()
-
-
-@pytest.mark.parametrize("module", ["lm_head", "wte"])
-def test_a_head_that_was_trained_on_its_own_is_a_parameter_of_its_own(tiny, tmp_path, module):
-    base = tiny.base("gpt2")
-    adapter = tiny.adapter(base, modules_to_save=[module])
-    peft_merge(base, adapter, torch.float32).save_pretrained(tmp_path / "m")
-    merged, stored = weights(tmp_path / "m"), weights(base)
-    assert "lm_head.weight" in merged and "lm_head.weight" not in stored
-    extract(str(base), str(tmp_path / "m"), tmp_path / "tv", device="cpu")
-    found = weights(tmp_path / "tv")
-    embedding = stored["transformer.wte.weight"]
-    assert found.keys() == merged.keys()
-    assert_same_bits({"lm_head.weight": merged["lm_head.weight"] - embedding}, found)
-
-
-def test_a_task_vector_of_both_copies_of_a_tied_tensor_is_read_as_one(tiny, tmp_path):
-    base = tiny.base("gpt2")
-    adapter = tiny.adapter(base)
-    before = load(base).state_dict()
-    after = peft_merge(base, adapter, torch.float32).state_dict()
-    file = tmp_path / "task_vector.safetensors"
-    save_file({name: (after[name] - before[name]).clone() for name in before}, file)
-    found = compare(str(base), str(adapter), tmp_path / "c", task_vector_path=file, **FAST)
-    assert found.summary["certificate"]["verdict"] == "exact"
-
-
-def test_t5_with_every_copy_of_its_embedding_is_compared_with_one_of_them(tiny, tmp_path):
-    base = tiny.base("t5")
-    adapter = tiny.adapter(base)
-    full = as_bin(base, tmp_path / "full", load(base).state_dict())
-    peft_merge(base, adapter, torch.float32).save_pretrained(tmp_path / "m")
-    assert certify(full, adapter, tmp_path / "m", tmp_path) == ["exact", "exact"]
-
-
-def test_an_untied_head_that_only_one_file_stores_is_a_difference(llama, llama_lora, tmp_path):
-    load(llama).base_model.save_pretrained(tmp_path / "base")
-    merge(str(llama), str(llama_lora), tmp_path / "m", device="cpu")
-    with pytest.raises(UserError, match=r"base: has no lm_head\.weight, which .*/m has"):
-        certify(tmp_path / "base", llama_lora, tmp_path / "m", tmp_path)
-
-
-def test_names_in_memory_and_names_in_files_are_the_same_model(tiny, tmp_path):
-    base = tiny.base("vit")
-    adapter = tiny.adapter(base)
-    merged = peft_merge(base, adapter, torch.float32)
-    merged.save_pretrained(tmp_path / "old")
-    merged.save_pretrained(tmp_path / "new", save_original_format=False)
-    load(base).save_pretrained(tmp_path / "base", save_original_format=False)
-    assert names_of(tmp_path / "new").isdisjoint(
-        name for name in names_of(tmp_path / "old") if "encoder.layer" in name
-    )
-    for one in (base, tmp_path / "base"):
-        for other in ("old", "new"):
-            assert certify(one, adapter, tmp_path / other, tmp_path) == ["exact", "exact"]
-    edit_old_names(adapter, tmp_path / "adapter")
-    for one, theirs in ((base, "old"), (tmp_path / "base", "new")):
-        merge(str(one), str(tmp_path / "adapter"), tmp_path / "m", device="cpu")
-        assert_same_bits(weights(tmp_path / "m"), weights(tmp_path / theirs))
-        AutoModel.from_pretrained(tmp_path / "m")
-
-
-def edit_old_names(adapter: Path, target: Path) -> None:
-    """An adapter as transformers 4 named ViT's modules."""
-    shutil.copytree(adapter, target)
-    file = target / "adapter_model.safetensors"
-    old = {
-        ".layers.": ".encoder.layer.",
-        ".attention.q_proj.": ".attention.attention.query.",
-        ".attention.o_proj.": ".attention.output.dense.",
-        ".mlp.fc1.": ".intermediate.dense.",
-    }
-    tensors = {}
-    for name, tensor in load_file(file).items():
-        for new, was in old.items():
-            name = name.replace(new, was)
-        tensors[name] = tensor
-    save_file(tensors, file)
-
-
-def test_older_names_of_layer_norms_are_the_same_model(tiny, copied, tmp_path):
-    base = tiny.base("bert")
-    adapter = tiny.adapter(base)
-    old = copied(base)
-    file = old / "model.safetensors"
-    renamed = {
-        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
-            "LayerNorm.bias", "LayerNorm.beta"
-        ): tensor
-        for name, tensor in load_file(file).items()
-    }
-    save_file(renamed, file, metadata={"format": "pt"})
-    peft_merge(base, adapter, torch.float32).save_pretrained(tmp_path / "m")
-    assert certify(old, adapter, tmp_path / "m", tmp_path) == ["exact", "exact"]
+def test_a_trained_bias_with_the_name_of_a_mask_is_not_taken_for_one(llama, tmp_path):
+    extra = {"model.layers.0.attn.bias": torch.ones(32)}
+    base = as_bin(llama, tmp_path / "bin", weights(llama) | extra)
+    with pytest.raises(UserError, match=r"has no model\.layers\.0\.attn\.bias, which"):
+        extract(str(base), str(llama), tmp_path / "tv", device="cpu")
+    with pytest.raises(UserError, match=r"has no model\.layers\.0\.attn\.bias, which"):
+        extract(str(llama), str(base), tmp_path / "tv", device="cpu")
 
 
 # -- quantised bases ---------------------------------------------------------------

@@ -287,7 +287,8 @@ def test_offline_the_message_names_the_files_and_the_way_out():
         r"`python final_validation\.py` without arguments runs the bundled example",
     )
     with pytest.raises(
-        UserError, match=r"are adapter_config\.json, adapter_model\.safetensors\. `p"
+        UserError,
+        match=r"are adapter_config\.json, adapter_model\.safetensors, adapter_model\.bin\. `",
     ):
         locate_adapter("somebody/adapter")
 

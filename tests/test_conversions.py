@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.core_model_loading import revert_weight_conversion
 
-from taskvec.conversions import CONVERSIONS, Conversion, Key, conversion_of
+from taskvec.conversions import (
+    CONVERSIONS,
+    KEPT,
+    KEPT_FROM_FP16,
+    Conversion,
+    Key,
+    conversion_of,
+    stays_in_fp32,
+)
 
 VLM = ("llava", "llava_next", "paligemma", "gemma3", "mistral3", "qwen2_vl", "qwen2_5_vl")
 SMALL = {
@@ -24,7 +35,7 @@ SMALL = {
     "topk_group": 1,
 }
 # What a configuration has no usable default for.
-NEEDED = {
+NEEDED: dict[str, dict[str, Any]] = {
     "lfm2_moe": {
         "num_hidden_layers": 2,
         "layer_types": ["conv", "full_attention"],
@@ -87,6 +98,17 @@ def test_names_in_files_and_in_memory_have_the_same_key(model_type):
             wanted = {Key(name, expert, part) for expert in range(experts) for part in range(parts)}
             assert set(pieces) == wanted
             assert all(piece.shape == (rows // parts, columns) for piece in pieces.values())
+
+
+@pytest.mark.parametrize("model_type", sorted(KEPT | KEPT_FROM_FP16))
+def test_what_stays_in_fp32_is_what_transformers_keeps_so(model_type):
+    model = skeleton(model_type)
+    config = {"model_type": model_type}
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        plan = model._get_dtype_plan(dtype)
+        for name in model.state_dict():
+            wanted = any(re.search(pattern, name) for pattern in plan)
+            assert stays_in_fp32(config, name, dtype) == wanted, name
 
 
 def test_what_is_not_converted_keeps_its_names():

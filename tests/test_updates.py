@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from taskvec.certificate import Block, ParameterCertificate
 from taskvec.cli import UserError
 from taskvec.rounding import FORMATS, FP32, RECIPES, Format, bound_rows, families, subtract_rows
 from taskvec.update import Update
@@ -171,3 +172,17 @@ def test_an_output_of_zeros_has_no_direction() -> None:
     update = Dora("w", direction, torch.ones(3), reader(base), 1.0)
     with pytest.raises(UserError, match=r"w: output 1 of W \+ s B A is zero"):
         update.exact(0, 3)
+
+
+def test_a_single_number_is_replaced_as_well() -> None:
+    base, value = torch.tensor(2.6592), torch.tensor(4.605)  # such as CLIP's logit_scale
+    update = Replacement("w", (), lambda start, stop: value, lambda start, stop: base)
+    merged = update.merged(RECIPES[0], base, 0, 1, FORMATS["bf16"])
+    assert merged.shape == () and merged == value.bfloat16()
+    assert update.exact(0, 1) == value.double() - base.double()
+    certificate = ParameterCertificate(
+        update, FORMATS["bf16"], torch.float32, base_format=None, elements=1
+    )
+    T = subtract_rows(merged, base)
+    assert certificate.add(Block(0, 1, base, base, T, merged), update.exact(0, 1))
+    assert certificate.violations == 0 and certificate.reproduced_by

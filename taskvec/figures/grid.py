@@ -109,8 +109,20 @@ def _rank(key: str, block: str) -> tuple[int, bool, int]:
 
 
 def _labels(keys: Sequence[str]) -> list[str]:
-    """What tells the rows apart: what follows the layer's number, if that is enough."""
+    """What tells the rows apart: what follows the layer's number, if that is enough.
+
+    Where there are several stacks of layers, what tells those apart comes first.
+    """
     tails = [key.split("*", 1)[1].lstrip(".") or key for key in keys]
+    stacks = [key.split("*", 1)[0].split(".") for key in keys]
+    same = 0
+    while len({tuple(stack[: same + 1]) for stack in stacks}) == 1 and same < len(stacks[0]) - 1:
+        same += 1
+    if len(set(tails)) < len(keys):
+        tails = [
+            f"{stack[min(same, len(stack) - 1)]} {tail.removeprefix('layer.')}"
+            for stack, tail in zip(stacks, tails, strict=True)
+        ]
     return tails if len(set(tails)) == len(keys) else list(keys)
 
 

@@ -33,6 +33,7 @@ from taskvec.updates.products import LowRank
 from taskvec.updates.replaced import RowReader
 
 _PIECE_ELEMENTS = 1 << 22  # of the base at a time, in a pass over it
+_TURNED_ELEMENTS = 1 << 24  # where every piece is a pass: 9 of them for StarCoder2-3B's embedding
 
 
 @dataclass(frozen=True)
@@ -270,7 +271,8 @@ class Dora(Update):
         turned in its strides only: PEFT's norm sums a turned matrix in another order.
         """
         outputs, inputs = self.direction.B.shape[0], self.direction.A.shape[1]
-        step = max(1, _PIECE_ELEMENTS // inputs)
+        size = _TURNED_ELEMENTS if self.direction.transposed else _PIECE_ELEMENTS
+        step = max(1, size // inputs)
         rows = prod(self.shape[: len(self.shape) - len(row_shape(self.shape))])
         for low in range(0, outputs, step):
             high = min(low + step, outputs)

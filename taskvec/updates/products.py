@@ -197,7 +197,7 @@ class LowRank(Product):
 
     @property
     def largest_factor(self) -> float:
-        return float(self.A.abs().max())
+        return float(self.A.abs().max()) if self.A.numel() else 0.0
 
     def delta(self, start: int, stop: int, *, prescaled: bool = False) -> torch.Tensor:
         return self._delta(start, stop, torch.float32, prescaled)

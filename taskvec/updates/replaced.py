@@ -30,18 +30,18 @@ class _Stored(Update):
     base: RowReader
 
     @abstractmethod
-    def _replace(self, rows: torch.Tensor, start: int) -> torch.Tensor:
+    def _replace(self, rows: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """Rows of W with the stored values in their place, in the dtype of the rows."""
 
     def exact(self, start: int, stop: int) -> torch.Tensor:
         base = self.base(start, stop).double()
-        return self._replace(base.clone(), start) - base
+        return self._replace(base.clone(), start, stop) - base
 
     def merged(
         self, recipe: Recipe, base: torch.Tensor, start: int, stop: int, format: Format
     ) -> torch.Tensor:
         wide = base.to(torch.promote_types(base.dtype, torch.float32), copy=True)
-        return self._replace(wide, start).to(format.dtype)
+        return self._replace(wide, start, stop).to(format.dtype)
 
     def recipe_key(self, recipe: Recipe, format: Format, stored: torch.dtype) -> Hashable:
         return None
@@ -117,8 +117,8 @@ class Replacement(_Stored):
     def shape(self) -> tuple[int, ...]:
         return self.stored
 
-    def _replace(self, rows: torch.Tensor, start: int) -> torch.Tensor:
-        return self.values(start, start + len(rows)).to(rows.dtype)
+    def _replace(self, rows: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        return self.values(start, stop).to(rows.dtype)
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class TokenRows(_Stored):
     def shape(self) -> tuple[int, ...]:
         return self.stored
 
-    def _replace(self, rows: torch.Tensor, start: int) -> torch.Tensor:
-        here = (self.tokens >= start) & (self.tokens < start + len(rows))
+    def _replace(self, rows: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        here = (self.tokens >= start) & (self.tokens < stop)
         rows[self.tokens[here] - start] = self.values[here].to(rows.dtype)
         return rows
