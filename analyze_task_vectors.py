@@ -309,8 +309,8 @@ def to_lora(
     from contextlib import ExitStack
 
     from taskvec.adapter import open_adapter
+    from taskvec.adapters.config import CONFIG_FILE
     from taskvec.checkpoint import locate_adapter
-    from taskvec.lora_config import CONFIG_FILE
     from taskvec.lowrank.adapterfiles import WEIGHTS_FILE
     from taskvec.lowrank.convert import convert, summarise
     from taskvec.output import output_directory, write_json

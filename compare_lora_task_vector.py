@@ -144,9 +144,9 @@ def compare(
     from taskvec.checkpoint import open_checkpoint
     from taskvec.diagnose import diagnose
     from taskvec.output import output_directory, write_json
-    from taskvec.report import Storage, document
+    from taskvec.reports.comparison import Storage, document
+    from taskvec.reports.text import comparison_report
     from taskvec.subject import open_vector
-    from taskvec.textreport import comparison_report
     from taskvec.verdict import judge
 
     target = Path(output_dir)

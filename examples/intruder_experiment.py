@@ -239,9 +239,7 @@ def print_result(content: dict[str, Any]) -> None:
         cli.result(line)
     correlation = rank_correlation(content["runs"])
     shown = "none, all have as many" if correlation is None else f"{correlation:.2f}"
-    cli.result(
-        f"Rank correlation of intruders and pre-training loss over the LoRA runs: {shown}"
-    )
+    cli.result(f"Rank correlation of intruders and pre-training loss over the LoRA runs: {shown}")
     if not content["scaled"]:
         return
     cli.result()

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 
-from taskvec.adapter_binding import bind
-from taskvec.adapter_parts import LowRankPart, Part, ReplacementPart, TokensPart
+from taskvec.adapters.binding import bind
+from taskvec.adapters.config import CONFIG_FILE, LoraConfig, read_config
+from taskvec.adapters.parts import LowRankPart, Part, ReplacementPart, TokensPart
 from taskvec.checkpoint import Checkpoint, locate_adapter
 from taskvec.cli import UserError
-from taskvec.lora_config import CONFIG_FILE, LoraConfig, read_config
 from taskvec.tensorfile import TensorFile
 from taskvec.torchfile import TorchFile
 from taskvec.update import Update

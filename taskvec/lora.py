@@ -29,8 +29,8 @@ from torch import nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from taskvec.adapters.config import CONFIG_FILE, LoraConfig
 from taskvec.cli import UserError
-from taskvec.lora_config import CONFIG_FILE, LoraConfig
 
 
 @dataclass(frozen=True)

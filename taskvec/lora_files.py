@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from taskvec.adapters.config import CONFIG_FILE, LoraConfig, read_config
 from taskvec.checkpoint import locate_adapter
 from taskvec.cli import UserError
 from taskvec.lora import (
@@ -22,7 +23,6 @@ from taskvec.lora import (
     refuse_kind,
     settings_of,
 )
-from taskvec.lora_config import CONFIG_FILE, LoraConfig, read_config
 from taskvec.output import write_json
 from taskvec.tensorfile import TensorFile
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from taskvec.lora_config import CONFIG_FILE
+from taskvec.adapters.config import CONFIG_FILE
 from taskvec.lowrank.factors import Factors
 from taskvec.lowrank.layout import CONV1D, EMBEDDING, Parameter
 from taskvec.output import write_json

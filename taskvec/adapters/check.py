@@ -16,9 +16,10 @@ from typing import Any
 import torch
 
 from taskvec.adapter import open_adapter, open_weights
-from taskvec.adapter_fit import coverage_problems, fit_problems, target_problems
-from taskvec.adapter_keys import BIAS, MAGNITUDE, TOKENS, WHOLE, factor_of, key_of
-from taskvec.adapter_problems import (
+from taskvec.adapters.config import LoraConfig, load_config
+from taskvec.adapters.fit import coverage_problems, fit_problems, target_problems
+from taskvec.adapters.keys import BIAS, MAGNITUDE, TOKENS, WHOLE, factor_of, key_of
+from taskvec.adapters.problems import (
     ERROR,
     Factors,
     Problem,
@@ -28,11 +29,10 @@ from taskvec.adapter_problems import (
     tensor_problems,
     value_problems,
 )
+from taskvec.adapters.targets import TargetRule
 from taskvec.checkpoint import Checkpoint, locate_adapter
 from taskvec.cli import UserError
-from taskvec.lora_config import LoraConfig, load_config
 from taskvec.names import by_key, naming_rules, pieces, renaming
-from taskvec.targets import TargetRule
 from taskvec.tensorfile import TensorFile, TensorInfo, row_blocks
 from taskvec.update import Update
 from taskvec.updates.products import LowRank

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 
 import torch
 
-from taskvec.adapter_keys import BIAS, MAGNITUDE, TOKENS, A, B, Group, grouped_keys
-from taskvec.adapter_parts import (
+from taskvec.adapters.config import LoraConfig
+from taskvec.adapters.keys import BIAS, MAGNITUDE, TOKENS, A, B, Group, grouped_keys
+from taskvec.adapters.parts import (
     BiasPart,
     ExpertPart,
     ExpertsPart,
@@ -18,17 +19,16 @@ from taskvec.adapter_parts import (
     ReplacementPart,
     TokensPart,
 )
-from taskvec.adapter_promises import (
+from taskvec.adapters.promises import (
     check_promises,
     check_saved,
     checked_magnitude,
     checked_scaling,
 )
-from taskvec.adapter_ties import settle_ties
+from taskvec.adapters.ties import settle_ties
 from taskvec.checkpoint import Checkpoint
 from taskvec.cli import UserError
 from taskvec.conversions import conversion_of
-from taskvec.lora_config import LoraConfig
 from taskvec.names import Piece, is_expert, pieces, renaming
 from taskvec.tensorfile import TensorFile, TensorInfo, row_blocks
 from taskvec.ties import tied_to
