@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from taskvec.cli import UserError
-from taskvec.tensorfile import TensorFile, TensorInfo, without_duplicates
+from taskvec.header import TensorInfo, without_duplicates
+from taskvec.tensorfile import TensorFile
 from taskvec.ties import set_copies_aside
 from taskvec.torchfile import TorchFile, is_torch_file
 

@@ -29,8 +29,9 @@ from taskvec.adapters.ties import settle_ties
 from taskvec.checkpoint import Checkpoint
 from taskvec.cli import UserError
 from taskvec.conversions import conversion_of
+from taskvec.header import TensorInfo
 from taskvec.names import Piece, is_expert, pieces, renaming
-from taskvec.tensorfile import TensorFile, TensorInfo, row_blocks
+from taskvec.tensorfile import TensorFile, row_blocks
 from taskvec.ties import tied_to
 
 _COMPARED_ELEMENTS = 1 << 20

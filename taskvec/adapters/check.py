@@ -32,8 +32,9 @@ from taskvec.adapters.problems import (
 from taskvec.adapters.targets import TargetRule
 from taskvec.checkpoint import Checkpoint, locate_adapter
 from taskvec.cli import UserError
+from taskvec.header import TensorInfo
 from taskvec.names import by_key, naming_rules, pieces, renaming
-from taskvec.tensorfile import TensorFile, TensorInfo, row_blocks
+from taskvec.tensorfile import TensorFile, row_blocks
 from taskvec.update import Update
 from taskvec.updates.products import LowRank
 

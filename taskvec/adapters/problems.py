@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from taskvec.adapters.config import LoraConfig, refusals
 from taskvec.adapters.keys import WHOLE, factor_of, key_of
 from taskvec.cli import UserError
-from taskvec.tensorfile import TensorInfo
+from taskvec.header import TensorInfo
 
 ERROR, WARNING = "error", "warning"
 

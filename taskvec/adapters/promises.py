@@ -12,7 +12,8 @@ from taskvec.adapters.config import LoraConfig
 from taskvec.adapters.keys import MAGNITUDE, TOKENS, A, B, Group
 from taskvec.checkpoint import Checkpoint
 from taskvec.cli import UserError
-from taskvec.tensorfile import TensorFile, TensorInfo
+from taskvec.header import TensorInfo
+from taskvec.tensorfile import TensorFile
 
 
 def check_promises(
