@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from taskvec import cli
+
+if TYPE_CHECKING:
+    from taskvec.arithmetic.combine import Combination
 
 DEFAULT_TASK_VECTOR = "task_vectors_fp32/"
 
@@ -172,6 +176,28 @@ def _add_weights(command: argparse.ArgumentParser) -> None:
 def _add_output(command: argparse.ArgumentParser, default: str) -> None:
     command.add_argument(
         "--output_dir", default=default, metavar="DIR", help=f"(default: {default})"
+    )
+
+
+def combination(args: argparse.Namespace, count: int) -> Combination:
+    """What the command and its flags ask for."""
+    from taskvec.arithmetic.combine import Combination
+
+    weights = {"negate": (-1.0,), "analogy": (1.0, 1.0, -1.0)}.get(args.command)
+    if weights is None and args.command == "scale":
+        weights = (args.factor,)
+    elif weights is None:
+        weights = tuple(args.weights or [1.0] * count)
+    if len(weights) != count:
+        raise cli.UserError(f"--weights: {len(weights)} given for {count} task vectors")
+    sign_aware = args.command in ("ties", "dare_linear", "dare_ties")
+    return Combination(
+        args.command if sign_aware else "linear",
+        weights,
+        density=getattr(args, "density", None),
+        seed=getattr(args, "seed", None),
+        sign_method=getattr(args, "sign_method", None),
+        definition=getattr(args, "definition", "peft"),
     )
 
 
