@@ -285,9 +285,8 @@ def to_lora(
     from contextlib import ExitStack
 
     from taskvec.adapter import open_adapter
-    from taskvec.adapters.config import CONFIG_FILE
+    from taskvec.adapters.files import CONFIG_FILE, WEIGHTS_FILE
     from taskvec.checkpoint import locate_adapter
-    from taskvec.lowrank.adapterfiles import WEIGHTS_FILE
     from taskvec.lowrank.convert import convert, summarise
     from taskvec.output import output_directory, write_json
     from taskvec.subject import open_subject

@@ -29,7 +29,8 @@ from torch import nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from taskvec.adapters.config import CONFIG_FILE, LoraConfig
+from taskvec.adapters.config import LoraConfig
+from taskvec.adapters.files import CONFIG_FILE
 from taskvec.cli import UserError
 
 

@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from taskvec import cli
+from taskvec.flag_values import whole
 
 if TYPE_CHECKING:
     from taskvec.arithmetic.combine import Combination
@@ -142,7 +143,7 @@ def _add_to_lora(parser: argparse.ArgumentParser) -> None:
         help="of every module; auto: what stands above the rounding noise (default: auto)",
     )
     to_lora.add_argument(
-        "--max_rank", type=_positive, metavar="N", help="the most that auto may choose"
+        "--max_rank", type=whole(1), metavar="N", help="the most that auto may choose"
     )
     _add_output(to_lora, "extracted_lora/")
 
@@ -202,10 +203,4 @@ def combination(args: argparse.Namespace, count: int) -> Combination:
 
 
 def _rank(text: str) -> int | None:
-    return None if text == "auto" else _positive(text)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r}: give a positive whole number")
-    return int(text)
+    return None if text == "auto" else whole(1)(text)
