@@ -399,7 +399,9 @@ def is_earlier_output(folder: Path) -> bool:
     if LOG_FILE not in found:
         return not found
     files = read_json_object(folder / LOG_FILE).get("files")
-    return isinstance(files, list) and found <= set(files)
+    return isinstance(files, list) and all(
+        name in files and (folder / name).is_file() for name in found
+    )
 
 
 if __name__ == "__main__":

@@ -39,8 +39,8 @@ def output_directory(
 
     Args:
         target: absent, empty, or an earlier output, which is replaced as a whole.
-        is_ours: the file names that this script writes, or a test of an existing directory, to
-            tell an earlier output from somebody's other files.
+        is_ours: the file names that this script writes, or a test of an existing directory and
+            of all that is in it, to tell an earlier output from somebody's other files.
         inputs: paths that are read meanwhile; ``target`` may not be one, nor lie inside one.
 
     Raises:
@@ -133,11 +133,10 @@ def _check_target(
     if not target.is_dir():
         raise UserError(f"{target}: is a file; choose another --output_dir")
     found = sorted(path.name for path in target.iterdir())
-    foreign = [name for name in found if (target / name).is_dir()]  # no output has directories
     if callable(is_ours):
-        foreign += found if found and not is_ours(target) else []
+        foreign = found if found and not is_ours(target) else []
     else:
-        foreign += [name for name in found if name not in is_ours]
+        foreign = [name for name in found if name not in is_ours or (target / name).is_dir()]
     if foreign:
         raise UserError(
             f"{target}: holds {foreign[0]}, which is not an output of this script; choose another "
