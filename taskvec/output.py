@@ -39,8 +39,8 @@ def output_directory(
 
     Args:
         target: absent, empty, or an earlier output, which is replaced as a whole.
-        is_ours: the names of the files that this script writes, or a test of a directory that
-            is not empty, to tell an earlier output from somebody's other files.
+        is_ours: the file names that this script writes, or a test of an existing directory and
+            of all that is in it, to tell an earlier output from somebody's other files.
         inputs: paths that are read meanwhile; ``target`` may not be one, nor lie inside one.
 
     Raises:

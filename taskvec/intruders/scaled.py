@@ -84,4 +84,6 @@ def is_scaled_model(directory: Path) -> bool:
     if not (directory / MANIFEST).is_file():
         return False
     files = read_json_object(directory / MANIFEST).get("files")
-    return isinstance(files, list) and all(path.name in files for path in directory.iterdir())
+    return isinstance(files, list) and all(
+        path.name in files and path.is_file() for path in directory.iterdir()
+    )
