@@ -123,7 +123,7 @@ def analyze(
         vector = stack.enter_context(open_task_vector(Path(task_vector_file)))
         base = stack.enter_context(_open_base(base_model, revision, record))
         chosen = pairs(deltas, vector, base, torch_device)
-        inputs = [lora_path, vector.file.path, *(base.paths if base else [])]
+        inputs = [lora_path, *vector.paths, *(base.paths if base else [])]
         partial = stack.enter_context(output_directory(target, [RESULT, REPORT, *CAPTIONS], inputs))
         analysis = Analysis([pair.name for pair in chosen])
         with cli.progress(sum(pair.info.nbytes for pair in chosen), "Analysing") as bar:

@@ -174,7 +174,7 @@ def apply(
         base.refuse_quantised()
         vector = stack.enter_context(open_task_vector(Path(task_vector)))
         vector.check_fits(base)
-        inputs, merged = [*base.paths, vector.file.path], None
+        inputs, merged = [*base.paths, *vector.paths], None
         if finetuned_model is not None:
             merged, paths = stack.enter_context(open_vector(base, None, finetuned_model))
             inputs += paths

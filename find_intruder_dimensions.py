@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # torch is loaded only when there is work to do: --help stays
 
     from taskvec.checkpoint import Checkpoint
     from taskvec.intruders.analysis import MatrixFindings, Settings
+    from taskvec.intruders.basesvd import SvdCache
     from taskvec.intruders.tuned import Tuned
 
 RESULT, TABLE = "intruder_dimensions.json", "intruder_dimensions.csv"
@@ -176,23 +177,30 @@ def find_intruders(
     """
     from taskvec.checkpoint import open_checkpoint
     from taskvec.intruders.analysis import Settings
+    from taskvec.intruders.basesvd import SvdCache, default_cache_dir
     from taskvec.intruders.tuned import open_tuned
-    from taskvec.output import output_directory
+    from taskvec.output import output_directory, refuse_on_input
 
     if not lora_paths and not finetuned_models:
         raise cli.UserError("give what was fine-tuned: --lora_path or --finetuned_model")
     if scale_intruders is not None and len(lora_paths) + len(finetuned_models) > 1:
         raise cli.UserError("--scale_intruders writes one model: give one version of the base")
     settings = Settings(top_k, tuple(epsilons), max(leading, top_k))
+    none = str(cache_dir) == "none"
+    cache = SvdCache(None if none else Path(cache_dir or default_cache_dir()))
     with (
         open_checkpoint(base_model, revision) as base,
         open_tuned(base, lora_paths, finetuned_models) as tuned,
     ):
         base.refuse_quantised()
         paths = [*base.paths, *(path for one in tuned for path in one.paths)]
+        if cache.directory is not None:
+            refuse_on_input(cache.directory, paths, "--cache_dir", around=False)
+        if scale_intruders is not None:
+            refuse_on_input(Path(scaled_model_dir), paths, "--scaled_model_dir")
         with output_directory(Path(output_dir), [RESULT, TABLE, *FIGURES], paths) as partial:
             torch_device = cli.pick_device(device)
-            found = _analyze(base, tuned, modules, settings, cache_dir, torch_device)
+            found = _analyze(base, tuned, modules, settings, cache, torch_device)
             content = _write(partial, base, tuned, settings, found)
         if scale_intruders is None:
             return IntruderResult(Path(output_dir), content)
@@ -206,11 +214,11 @@ def _analyze(
     tuned: Sequence[Tuned],
     modules: Sequence[str] | None,
     settings: Settings,
-    cache_dir: str | Path | None,
+    cache: SvdCache,
     device: torch.device,
 ) -> list[MatrixFindings]:
     from taskvec.intruders.analysis import analyze_matrices
-    from taskvec.intruders.basesvd import SvdCache, default_cache_dir, svd_bytes
+    from taskvec.intruders.basesvd import svd_bytes
     from taskvec.intruders.tuned import linear_weights
     from taskvec.wording import size
 
@@ -220,8 +228,6 @@ def _analyze(
     _say_what_is_left_out(base, tuned)
     if not names:
         raise cli.UserError("no version changes any of these linear layers; check --modules")
-    directory = default_cache_dir() if cache_dir is None else Path(cache_dir)
-    cache = SvdCache(None if str(cache_dir) == "none" else directory)
     shapes = [base.tensors[name].shape for name in names]
     nbytes = sum(svd_bytes((rows, columns)) for rows, columns in shapes)
     cache.refuse_if_full(nbytes)

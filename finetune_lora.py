@@ -218,7 +218,7 @@ def finetune_lora(
     training = training or TrainingOptions()
     base_dir, base_hash = models.locate_base(base_model, revision)
     files = read_texts(text, pattern)
-    with output_directory(output_dir, is_earlier_output, inputs=[base_dir]) as folder:
+    with output_directory(output_dir, is_earlier_output, inputs=[base_dir, *text]) as folder:
         masked = models.is_masked(base_dir)
         tokenizer = models.load_tokenizer(base_dir)
         corpus = read_corpus(files, HELD_OUT_FRACTION, tokenizer, masked)

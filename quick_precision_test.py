@@ -93,7 +93,7 @@ def compare_task_vectors(
     with ExitStack() as stack:
         vectors = _open_vectors(paths, stack)
         torch_device = cli.pick_device(device)
-        inputs = [vector.file.path for vector in vectors.values()]
+        inputs = [path for vector in vectors.values() for path in vector.paths]
         partial = stack.enter_context(output_directory(Path(output_dir), [RESULT, FIGURE], inputs))
         size = sum(info.nbytes for v in vectors.values() for info in v.file.tensors.values())
         with cli.progress(size, "Comparing") as bar:

@@ -261,6 +261,8 @@ def progress(total: int, description: str, unit: str = "B") -> tqdm[Any]:
     lock = threading.Lock()
 
     class Bar(tqdm):  # type: ignore[type-arg]
+        monitor_interval = 0  # else a thread for each bar, which never ends
+
         def update(self, n: float | None = 1) -> bool | None:
             with lock:
                 return super().update(n and n * processes.count())
@@ -271,6 +273,7 @@ def progress(total: int, description: str, unit: str = "B") -> tqdm[Any]:
         unit=unit,
         unit_scale=True,
         leave=False,
+        miniters=1,  # every update looks at the clock, as nobody else does
         dynamic_ncols=True,
         # None: off unless stderr is a terminal
         disable=None if not _quiet and processes.is_main() else True,

@@ -42,6 +42,9 @@ _DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+# Elements that would be there if no extent were 0: more, and strides overflow in torch and numpy.
+_MOST_STRIDED = 2**60
+_ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,7 @@ def read_header(path: Path, fd: int) -> tuple[dict[str, TensorInfo], dict[str, s
         raise UserError(f"{path}: header of {length} bytes is over the format's limit")
     header = _parse_json(path, os.pread(fd, length, 8))
     metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+    if not isinstance(metadata, dict) or not all(map(_is_text, metadata.values())):
         raise UserError(f"{path}: __metadata__ must map strings to strings")
     data = 8 + length
     tensors = {name: _tensor_info(path, name, entry, data) for name, entry in header.items()}
@@ -165,6 +168,8 @@ def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _tensor_info(path: Path, name: str, entry: Any, data: int) -> TensorInfo:
     if not isinstance(entry, dict):
         raise UserError(f"{path}: {name}: damaged header entry")
+    if unknown := entry.keys() - _ENTRY_KEYS:
+        raise UserError(f"{path}: {name}: header entry with the unknown key {min(unknown)!r}")
     dtype: Any = entry.get("dtype")
     shape: Any = entry.get("shape")
     offsets: Any = entry.get("data_offsets")
@@ -180,7 +185,17 @@ def _tensor_info(path: Path, name: str, entry: Any, data: int) -> TensorInfo:
         raise UserError(
             f"{path}: {name}: {dtype} {shape} takes {nbytes} bytes, the header gives {end - begin}"
         )
+    if math.prod(max(1, extent) for extent in shape) >= _MOST_STRIDED:
+        raise UserError(f"{path}: {name}: damaged shape in the header: {shape} overflows")
     return TensorInfo(name, _DTYPES[dtype], tuple(shape), path, data + begin, nbytes)
+
+
+def _is_text(value: Any) -> bool:
+    """A string that UTF-8 can hold: no half of a surrogate pair."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
 
 
 def _are_sizes(value: Any) -> bool:

@@ -70,6 +70,27 @@ def output_directory(
         processes.by_main(finish)
 
 
+def refuse_on_input(
+    target: Path, inputs: Collection[Path], flag: str = "--output_dir", *, around: bool = True
+) -> None:
+    """Refuse a place for an output that is, holds or lies inside what is read, through links too.
+
+    Args:
+        around: refuse one that holds an input, too; what only adds to a directory may.
+
+    Raises:
+        UserError: names the place, the input and the flag that chooses another.
+    """
+    target = target.resolve()
+    for source in inputs:
+        for original in (source.resolve(), source.parent.resolve() / source.name):
+            inside = target == original or original in target.parents
+            if inside or (around and target in original.parents):
+                raise UserError(
+                    f"{target}: is, holds or lies inside the input {source}; choose another {flag}"
+                )
+
+
 @contextlib.contextmanager
 def output_file(target: Path) -> Iterator[Path]:
     """A temporary path beside ``target``, which becomes ``target`` when the block ends well."""
@@ -117,13 +138,7 @@ def _naming(target: Path) -> Iterator[None]:
 def _check_target(
     target: Path, is_ours: Callable[[Path], bool] | Collection[str], inputs: Collection[Path]
 ) -> None:
-    for source in inputs:
-        original = source.resolve()
-        if target == original or original in target.parents or target in original.parents:
-            raise UserError(
-                f"{target}: is, holds or lies inside the input {source}; "
-                "choose another --output_dir"
-            )
+    refuse_on_input(target, inputs)
     if not target.exists():
         return
     if not target.is_dir():

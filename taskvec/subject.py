@@ -127,7 +127,7 @@ def open_vector(
         with open_task_vector(Path(task_vector_path)) as stored:
             if base is not None:
                 stored.check_fits(base)
-            yield stored, [stored.file.path]
+            yield stored, stored.paths
     elif finetuned_model is not None:
         if base is None:
             raise UserError("--finetuned_model needs --base_model, which is subtracted from it")

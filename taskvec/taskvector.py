@@ -73,6 +73,11 @@ class StoredTaskVector:
     def tensors(self) -> dict[str, TensorInfo]:
         return self.file.tensors
 
+    @property
+    def paths(self) -> list[Path]:
+        """What is read, for checks that no output lands on an input: as it was named, the file."""
+        return [Path(self.source), self.file.path]
+
     def formats(self, name: str) -> tuple[Format, ...]:
         if self.merged_format is None:
             return _ALL_FORMATS

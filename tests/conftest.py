@@ -143,3 +143,15 @@ def lab(tmp_path: Path, tiny: TinyModels) -> Callable[..., Any]:
         return Lab(path, tiny, *args, **settings)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def commands() -> Iterator[Any]:
+    """Runs commands in processes that are limited or disturbed (`tests.faults.Commands`)."""
+    from tests import system_calls
+    from tests.faults import Commands
+
+    if reason := system_calls.why_not():
+        pytest.skip(reason)
+    with Commands() as server:
+        yield server

@@ -43,7 +43,7 @@ VECTOR: dict[str, Any] = {"a.weight": np.float32(2) * (B @ A), "b.weight": np.ze
 LORA_CONFIG: dict[str, Any] = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
 CONFIG: dict[str, Any] = {"architectures": ["TinyForCausalLM"], "dtype": "float32"}
 
-_DTYPES = {"float32": "F32", "float16": "F16", "int64": "I64"}
+_DTYPES = {"float32": "F32", "float16": "F16", "float64": "F64", "int64": "I64"}
 
 Header = dict[str, Any]
 
@@ -85,6 +85,7 @@ GOOD = {
     "lora/adapter_model.safetensors": file_bytes(*header_and_data(LORA)),
     "lora/adapter_config.json": json.dumps(LORA_CONFIG).encode(),
     "vector/task_vector.safetensors": file_bytes(*header_and_data(VECTOR)),
+    "text/a.txt": b"what a model is trained on " * 20,
     "outside.safetensors": file_bytes(*header_and_data(BASE)),
 }
 
@@ -156,14 +157,25 @@ class Sandbox:
                 *("--lora_file", str(self.home / "vector" / "task_vector.safetensors")),
                 *("--task_vector_file", str(self.home / "vector"), *base, *cpu),
             ],
+            "find_intruder_dimensions": [*base, *lora, "--cache_dir", "none", *cpu],
+            "finetune_lora": [*base, "--text", str(self.home / "text"), *cpu],
+            "final_validation": [*base, *lora, *cpu, "--quiet"],
+            "analyze_task_vectors show": ["show", vector[1], *cpu],
+            "analyze_task_vectors apply": ["apply", *base, "--task_vector", vector[1], *cpu],
+            "analyze_task_vectors to_lora": [
+                *("to_lora", *base, *lora, "--task_vector", vector[1], *cpu)
+            ],
+            "analyze_task_vectors analogy": ["analogy", vector[1], vector[1], vector[1], *cpu],
         }
+        for command in ("add", "negate", "scale", "ties", "dare_linear", "dare_ties"):
+            flags[f"analyze_task_vectors {command}"] = [command, vector[1], *cpu]
         return [*flags[script], *output]
 
     def run(self, script: str, *more: str) -> Ending:
         """Run a script on these inputs; whatever they hold, the checks of this module hold."""
         self.clear()
         before = self.contents()
-        ending = run_main(importlib.import_module(script).main, [*self.words(script), *more])
+        ending = run_main(main_of(script), [*self.words(script), *more])
         assert self.contents() == before
         if ending.status == 2:
             assert not self.out.exists()
@@ -180,6 +192,12 @@ class Sandbox:
             for path in self.home.rglob("*")
             if self.out not in (path, *path.parents)
         }
+
+
+def main_of(script: str) -> Callable[[list[str]], int]:
+    """The ``main`` of a script, or of a script and a command of it."""
+    main: Callable[[list[str]], int] = importlib.import_module(script.split()[0]).main
+    return main
 
 
 def run_main(main: Callable[[list[str]], int], words: list[str]) -> Ending:

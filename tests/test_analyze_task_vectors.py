@@ -284,7 +284,7 @@ def test_zero_blocks_take_no_disk(tmp_path):
     large = torch.zeros(4, 1 << 20)
     large[1, 5] = 1.0
     save_file({"w": large, "v": torch.zeros(1 << 20)}, tmp_path / VECTOR, {"format": "pt"})
-    combined(tmp_path / "half", "scale", tmp_path, "--factor", 0.5)
+    combined(tmp_path / "half", "scale", tmp_path / VECTOR, "--factor", 0.5)
     status = (tmp_path / "half" / VECTOR).stat()
     assert status.st_size > 20e6
     assert status.st_blocks * 512 < 6e6

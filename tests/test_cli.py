@@ -6,6 +6,7 @@ import errno
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -266,6 +267,14 @@ def test_no_progress_bar_where_nobody_watches(capsys):
 
     assert run(body) == 0
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_progress_bar_leaves_no_thread_behind():
+    before = threading.active_count()
+    for _ in range(3):
+        with cli.progress(10, "Working") as bar:
+            bar.update(10)
+    assert threading.active_count() == before
 
 
 def raising(error):

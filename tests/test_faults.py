@@ -17,7 +17,6 @@ from pathlib import Path
 
 import pytest
 
-from tests import system_calls
 from tests.checks import names
 from tests.faults import Commands
 
@@ -31,14 +30,6 @@ PROGRAMS = {
 # One line, and nothing else, for what the disk or the person did.
 ONE_LINE = re.compile(r"[a-z_]+\.py: error: [^\n]+\n")
 INTERRUPTED = "interrupted; nothing was left half-written\n"
-
-
-@pytest.fixture(scope="module")
-def commands() -> Iterator[Commands]:
-    if reason := system_calls.why_not():
-        pytest.skip(reason)
-    with Commands() as server:
-        yield server
 
 
 @dataclass

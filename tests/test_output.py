@@ -283,3 +283,13 @@ def test_a_single_file_replaces_its_target_only_when_complete(tmp_path):
             raise RuntimeError
     assert names(target.parent) == ["figure.png"]
     assert target.read_text() == "first"
+
+
+def test_a_test_of_an_earlier_output_may_know_directories_too(tmp_path):
+    """Names alone are those of files: a directory under one of them is somebody else's."""
+    target = tmp_path / "out"
+    (target / "a.txt").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"out: holds a\.txt, which is not an output"):
+        write_output(target)
+    write_output(target, is_ours=lambda directory: (directory / "a.txt").is_dir())
+    assert (target / "a.txt").is_file()

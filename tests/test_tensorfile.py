@@ -264,6 +264,14 @@ DAMAGED = {
     ),
     "metadata a list": (raw({"__metadata__": [], "a": entry()}), "__metadata__ must map strings"),
     "metadata with a number": (raw({"__metadata__": {"x": 1}, "a": entry()}), "must map strings"),
+    "metadata with half a surrogate": (
+        raw({"__metadata__": {"x": "\ud800"}, "a": entry()}),
+        "must map strings",
+    ),
+    "entry with more": (
+        raw({"a": {**entry(), "x": 10**400}}),
+        "a: header entry with the unknown key",
+    ),
     "entry a list": (raw({"a": [1]}), "a: damaged header entry"),
     "dtype missing": (raw({"a": without("dtype")}), "a: unsupported dtype None"),
     "dtype unknown": (raw({"a": entry("F4711")}), "a: unsupported dtype 'F4711'"),
@@ -276,6 +284,10 @@ DAMAGED = {
     "shape a text": (raw({"a": entry(shape=("2",))}), "a: damaged shape"),
     "shape enormous": (raw({"a": entry(shape=(2**62,))}), "a: damaged shape"),
     "shape overflowing": (raw({"a": entry(shape=(2**61, 2**61))}), "a: F32 .* takes"),
+    "shape overflowing with an extent of 0": (
+        raw({"a": entry(shape=(2**61, 12, 0), offsets=(0, 0)), "b": entry()}),
+        "a: damaged shape",
+    ),
     "33 dimensions": (raw({"a": entry(shape=(1,) * 32 + (2,))}), "a: damaged shape"),
     "offsets missing": (raw({"a": without("data_offsets")}), "a: damaged byte range"),
     "one offset": (raw({"a": entry(offsets=(0,))}), "a: damaged byte range"),

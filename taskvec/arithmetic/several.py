@@ -39,7 +39,7 @@ class TaskVectors:
     @property
     def paths(self) -> list[Path]:
         """What is read, for checks that no output lands on an input."""
-        return [vector.file.path for vector in self.vectors]
+        return [path for vector in self.vectors for path in vector.paths]
 
     @property
     def nbytes(self) -> int:

@@ -13,6 +13,7 @@ from taskvec.adapter import Adapter, open_adapter
 from taskvec.behaviour import FP32_KL_LIMIT
 from taskvec.checkpoint import Checkpoint, file_sha256, open_checkpoint
 from taskvec.cli import UserError, adapters
+from taskvec.output import refuse_on_input
 from taskvec.rounding import FORMATS, Format, loses
 
 Document = dict[str, Any]
@@ -30,9 +31,11 @@ def check_inputs(
     """Refuse before the first byte if the two do not fit together, or the outputs on the disk.
 
     Raises:
-        UserError: names what does not fit, or what is needed and what is free.
+        UserError: names what does not fit, or what is needed and what is free; the outputs would
+            go on, into or around an input.
     """
     with open_checkpoint(base_model, revision) as base, open_adapter(lora_path, base) as adapter:
+        refuse_on_input(target, [*base.paths, *adapter.paths])
         needed = sum(output_bytes(base, adapter, FORMATS[name]) for name in precisions)
     parent = next(path for path in [target.resolve(), *target.resolve().parents] if path.exists())
     free = shutil.disk_usage(parent).free
