@@ -13,7 +13,6 @@ A task vector is a file of extract_task_vectors.py, or its directory. What is wr
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,14 +20,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from taskvec import cli
-from taskvec.arithmetic.flags import DEFAULT_TASK_VECTOR, add_commands
+from taskvec.arithmetic.flags import DEFAULT_TASK_VECTOR, add_commands, combination
 
 if TYPE_CHECKING:  # torch is loaded only when there is work to do: --help stays fast
     from taskvec.arithmetic.combine import Combination
 
 SHOW_RESULT, SHOW_TABLE = "task_vectors.json", "task_vectors.csv"
 COSINES_FIGURE, NORMS_FIGURE = "task_vector_cosines.png", "task_vector_norms.png"
-APPLIED = "apply_manifest.json"
 LORA_RESULT = "to_lora.json"
 
 
@@ -156,7 +154,13 @@ def apply(
     """
     from contextlib import ExitStack
 
-    from taskvec.arithmetic.apply import Application
+    from taskvec.arithmetic.apply import (
+        APPLIED,
+        Application,
+        files_inside,
+        is_applied,
+        scale_names,
+    )
     from taskvec.checkpoint import open_checkpoint
     from taskvec.modelwriter import write_models
     from taskvec.output import output_directory, write_json
@@ -164,7 +168,7 @@ def apply(
     from taskvec.subject import open_vector
     from taskvec.taskvector import open_task_vector
 
-    names = _scale_names(scales, finetuned_model)
+    names = scale_names(scales, finetuned_model)
     with ExitStack() as stack:
         base = stack.enter_context(open_checkpoint(base_model, revision))
         base.refuse_quantised()
@@ -174,7 +178,7 @@ def apply(
         if finetuned_model is not None:
             merged, paths = stack.enter_context(open_vector(base, None, finetuned_model))
             inputs += paths
-        partial = stack.enter_context(output_directory(Path(output_dir), _is_applied, inputs))
+        partial = stack.enter_context(output_directory(Path(output_dir), is_applied, inputs))
         bar = stack.enter_context(cli.progress(base.nbytes, f"Applying in {precision}"))
         application = Application(
             base, vector, scales, FORMATS[precision], merged, cli.pick_device(device)
@@ -202,39 +206,11 @@ def apply(
             "scales": dict(zip(names, scales, strict=True)),
             "precision": precision,
             "round_trip": round_trip,
-            "files": sorted([APPLIED, *(str(path) for path in _inside(partial))]),
+            "files": sorted([APPLIED, *(str(path) for path in files_inside(partial))]),
         }
         write_json(partial / APPLIED, manifest)
     models = {scale: Path(output_dir) / name for scale, name in zip(scales, names, strict=True)}
     return ApplyResult(models, round_trip)
-
-
-def _scale_names(scales: Sequence[float], finetuned_model: str | None) -> list[str]:
-    """The directory of each scale within the output: the output itself if there is only one."""
-    if not all(map(math.isfinite, scales)):
-        raise cli.UserError(f"--scale {scales}: give finite numbers")
-    if len(set(scales)) < len(scales):
-        raise cli.UserError(f"--scale {scales}: one of them is given twice")
-    if finetuned_model is not None and 1.0 not in scales:
-        raise cli.UserError("--finetuned_model is compared at --scale 1, which is not among them")
-    if len(scales) == 1:
-        return ["."]
-    return [f"scale_{scale}" for scale in scales]
-
-
-def _is_applied(directory: Path) -> bool:
-    """True for a directory that holds an earlier output of `apply` and nothing else."""
-    from taskvec.checkpoint import read_json_object
-
-    if not (directory / APPLIED).is_file():
-        return False
-    files = read_json_object(directory / APPLIED).get("files")
-    return isinstance(files, list) and all(str(path) in files for path in _inside(directory))
-
-
-def _inside(directory: Path) -> list[Path]:
-    """Everything in a directory, by its path from there."""
-    return [path.relative_to(directory) for path in directory.rglob("*")]
 
 
 def show(
@@ -309,9 +285,8 @@ def to_lora(
     from contextlib import ExitStack
 
     from taskvec.adapter import open_adapter
+    from taskvec.adapters.files import CONFIG_FILE, WEIGHTS_FILE
     from taskvec.checkpoint import locate_adapter
-    from taskvec.lora_config import CONFIG_FILE
-    from taskvec.lowrank.adapterfiles import WEIGHTS_FILE
     from taskvec.lowrank.convert import convert, summarise
     from taskvec.output import output_directory, write_json
     from taskvec.subject import open_subject
@@ -364,35 +339,13 @@ def _body(args: argparse.Namespace) -> int:
     if args.command == "to_lora":
         return _to_lora(args)
     paths = [args.C, args.B, args.A] if args.command == "analogy" else args.task_vectors
-    made = combine(paths, _combination(args, len(paths)), args.output_dir, device=args.device)
+    made = combine(paths, combination(args, len(paths)), args.output_dir, device=args.device)
     cli.result(f"📁 Task vector saved to: {made.output_dir}/")
     cli.result(
         f"📊 {made.nonzero_parameters} of {made.total_parameters} parameters are not zero, "
         f"norm {made.norm:.4g}"
     )
     return cli.EXIT_OK
-
-
-def _combination(args: argparse.Namespace, count: int) -> Combination:
-    """What the command and its flags ask for."""
-    from taskvec.arithmetic.combine import Combination
-
-    weights = {"negate": (-1.0,), "analogy": (1.0, 1.0, -1.0)}.get(args.command)
-    if weights is None and args.command == "scale":
-        weights = (args.factor,)
-    elif weights is None:
-        weights = tuple(args.weights or [1.0] * count)
-    if len(weights) != count:
-        raise cli.UserError(f"--weights: {len(weights)} given for {count} task vectors")
-    sign_aware = args.command in ("ties", "dare_linear", "dare_ties")
-    return Combination(
-        args.command if sign_aware else "linear",
-        weights,
-        density=getattr(args, "density", None),
-        seed=getattr(args, "seed", None),
-        sign_method=getattr(args, "sign_method", None),
-        definition=getattr(args, "definition", "peft"),
-    )
 
 
 def _show(args: argparse.Namespace) -> int:
@@ -432,7 +385,7 @@ def _apply(args: argparse.Namespace) -> int:
 
 
 def _to_lora(args: argparse.Namespace) -> int:
-    from taskvec.arithmetic.text import factor_lines, lora_lines
+    from taskvec.arithmetic.text import factor_lines, lora_lines, lora_notices
 
     path = args.task_vector
     if path is None and args.finetuned_model is None:
@@ -448,7 +401,8 @@ def _to_lora(args: argparse.Namespace) -> int:
         device=args.device,
         revision=args.revision,
     )
-    _notices(found.document)
+    for notice in lora_notices(found.document):
+        cli.notice(notice)
     cli.result(f"🔬 LOW-RANK ADAPTER of {found.document['inputs']['source']}:")
     for line in lora_lines(found.document):
         cli.result(f"   {line}")
@@ -458,27 +412,6 @@ def _to_lora(args: argparse.Namespace) -> int:
     cli.detail()
     cli.result(f"📁 Adapter saved to: {found.output_dir}/")
     return cli.EXIT_OK
-
-
-def _notices(content: dict[str, Any]) -> None:
-    """What a user of the adapter should know before it surprises them."""
-    if not content["modules_known"]:
-        cli.notice(
-            "Modules were judged by the names of their parameters; with --base_model and its "
-            "config.json they are known (GPT-2's Conv1D needs that)."
-        )
-    from taskvec.architecture import place
-
-    embeddings = [
-        name
-        for name, entry in content["parameters"].items()
-        if entry["treatment"] == "lora" and place(name).block == "embedding"
-    ]
-    if embeddings and content["tied_embedding"]:
-        cli.notice(
-            f"{embeddings[0]} is also the head's weight: PEFT gives the head its change only once "
-            "the adapter is merged."
-        )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from taskvec import cli, processes
+from taskvec.flag_values import not_negative
 from taskvec.wording import number
 
 if TYPE_CHECKING:  # torch is loaded only when there is work to do: --help stays fast
@@ -94,7 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--tolerance",
-        type=_tolerance,
+        type=not_negative,
         default=1e-5,
         help="largest |T - delta| up to which a parameter is counted as within tolerance "
         "(default: 1e-5). A yardstick for the report: the verdict is the certificate's",
@@ -144,9 +145,9 @@ def compare(
     from taskvec.checkpoint import open_checkpoint
     from taskvec.diagnose import diagnose
     from taskvec.output import output_directory, write_json
-    from taskvec.report import Storage, document
+    from taskvec.reports.comparison import Storage, document
+    from taskvec.reports.text import comparison_report
     from taskvec.subject import open_vector
-    from taskvec.textreport import comparison_report
     from taskvec.verdict import judge
 
     target = Path(output_dir)
@@ -285,13 +286,6 @@ def print_result(result: ComparisonResult) -> None:
         cli.result("✅ VALIDATION SUCCESSFUL: LoRA and Task Vectors are mathematically equivalent!")
     else:
         cli.result(f"❌ VALIDATION FAILED: {certificate['reason']}")
-
-
-def _tolerance(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text}: give a finite number that is not negative")
-    return value
 
 
 def _body(args: argparse.Namespace) -> int:

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING
 from taskvec import cli
 
 if TYPE_CHECKING:  # torch is loaded only when there is work to do: --help stays fast
-    from taskvec.adapter_check import AdapterReport
-    from taskvec.adapter_problems import Factors, Problem
+    from taskvec.adapters.check import AdapterReport
+    from taskvec.adapters.problems import Factors, Problem
 
 RESULT = "lora_structure.json"
 MOST_NAMES = 6  # of a problem on the terminal; the JSON has them all
@@ -61,7 +61,7 @@ def debug(
     Raises:
         UserError: an input cannot be read, or the output directory holds something else.
     """
-    from taskvec.adapter_check import inspect_adapter
+    from taskvec.adapters.check import inspect_adapter
     from taskvec.checkpoint import open_checkpoint
     from taskvec.output import output_directory, write_json
 
@@ -186,7 +186,7 @@ def _print_touched(report: AdapterReport) -> None:
 
 
 def _print_problem(problem: Problem) -> None:
-    from taskvec.adapter_problems import ERROR
+    from taskvec.adapters.problems import ERROR
     from taskvec.architecture import fold_names
 
     mark = "✗" if problem.severity == ERROR else "⚠"

@@ -24,8 +24,9 @@ if TYPE_CHECKING:  # torch is loaded only when there is work to do: --help stays
 
     from taskvec.checkpoint import Checkpoint
     from taskvec.compare import Magnitude
+    from taskvec.header import TensorInfo
     from taskvec.taskvector import FormedTaskVector
-    from taskvec.tensorfile import TensorFileWriter, TensorInfo
+    from taskvec.tensorfile import TensorFileWriter
 
 SUMMARY = "task_vector_summary.json"
 BLOCK_ELEMENTS = 1 << 18  # of two models: small enough for a core's own cache

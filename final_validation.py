@@ -127,7 +127,7 @@ def validate(
     Raises:
         UserError: an input is unusable, or the disk is too small for the outputs.
     """
-    from taskvec import validation
+    from taskvec.reports import validation
 
     target = Path(output_dir)
     if task_vector_path and finetuned_model:
@@ -173,10 +173,10 @@ def _report(
     figures: dict[str, Any],
 ) -> dict[str, Any]:
     """Write what was found as a page, as text and as JSON, which is returned."""
-    from taskvec import validation
-    from taskvec.htmlreport import validation_page
     from taskvec.output import output_file, write_json
-    from taskvec.textreport import validation_report
+    from taskvec.reports import validation
+    from taskvec.reports.html import validation_page
+    from taskvec.reports.text import validation_report
 
     comparisons = {subject.label: subject.comparison.document for subject in subjects}
     document = validation.document(
@@ -373,7 +373,7 @@ def _say_behaviour(label: str, entry: dict[str, Agreement]) -> None:
 
 def print_result(result: ValidationResult) -> None:
     """The table, the verdict, and where the files are."""
-    from taskvec.textreport import validation_table
+    from taskvec.reports.text import validation_table
 
     cli.result()
     for line in validation_table(result.document):

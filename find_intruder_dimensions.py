@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from taskvec import cli
-from taskvec.flag_values import at_least, real
+from taskvec.flag_values import real, whole
 
 if TYPE_CHECKING:  # torch is loaded only when there is work to do: --help stays fast
     import torch
@@ -85,7 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--top_k",
-        type=at_least(1),
+        type=whole(1),
         default=TOP_K,
         metavar="K",
         help=f"how many leading vectors of each matrix are tested (default: {TOP_K})",
@@ -101,7 +101,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--leading",
-        type=at_least(1),
+        type=whole(1),
         default=LEADING,
         metavar="L",
         help=f"how many leading vectors the figures look at (default: {LEADING})",

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from taskvec import cli
-from taskvec.flag_values import at_least, below_one, not_negative, positive
+from taskvec.flag_values import below_one, not_negative, positive, whole
 from taskvec.output import output_directory, write_json
 from taskvec.training.options import (
     BACKENDS,
@@ -89,19 +89,19 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(data, "--glob", "*.txt", "names to look for in a folder", metavar="PATTERN")
     length = training.sequence_length
-    add(data, "--sequence_length", length, "tokens in a window", type=at_least(2), metavar="N")
+    add(data, "--sequence_length", length, "tokens in a window", type=whole(2), metavar="N")
 
     output = parser.add_argument_group("output")
     add(output, "--output_dir", "lora_adapter", "where the adapter or model goes", metavar="DIR")
     output.add_argument(
         "--save_every",
-        type=at_least(1),
+        type=whole(1),
         metavar="N",
         help="steps between checkpoints, OUTPUT_DIR/checkpoint-N (default: none are written)",
     )
     output.add_argument(
         "--keep_checkpoints",
-        type=at_least(1),
+        type=whole(1),
         metavar="N",
         help="only the newest ones (default: all)",
     )
@@ -115,8 +115,8 @@ def build_parser() -> argparse.ArgumentParser:
     adapter = parser.add_argument_group("adapter")
     add(adapter, "--method", METHODS[0], "train an adapter or every weight", choices=METHODS)
     add(adapter, "--backend", lora.backend, "whose LoRA: the project's or PEFT's", choices=BACKENDS)
-    add(adapter, "--rank", lora.rank, "rows of A, columns of B", type=at_least(1), metavar="R")
-    add(adapter, "--alpha", lora.alpha, "B A is scaled by alpha / rank", type=at_least(1))
+    add(adapter, "--rank", lora.rank, "rows of A, columns of B", type=whole(1), metavar="R")
+    add(adapter, "--alpha", lora.alpha, "B A is scaled by alpha / rank", type=whole(1))
     add(adapter, "--dropout", lora.dropout, "on the adapter's input", type=below_one)
     adapter.add_argument(
         "--rslora", action="store_true", help="scale by alpha / sqrt(rank) instead"
@@ -130,15 +130,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     group = parser.add_argument_group("training")
-    add(group, "--steps", training.steps, "optimiser steps, at most", type=at_least(1), metavar="N")
+    add(group, "--steps", training.steps, "optimiser steps, at most", type=whole(1), metavar="N")
     batch = training.batch_size
-    add(group, "--batch_size", batch, "windows at once", type=at_least(1), metavar="N")
+    add(group, "--batch_size", batch, "windows at once", type=whole(1), metavar="N")
     add(
         group,
         "--gradient_accumulation_steps",
         training.gradient_accumulation_steps,
         "batches in an optimiser step",
-        type=at_least(1),
+        type=whole(1),
         metavar="N",
     )
     rates = ", ".join(f"{rate:g} for {method}" for method, rate in LEARNING_RATES.items())
@@ -148,7 +148,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(group, "--schedule", training.schedule, "after the warm-up", choices=SCHEDULES)
     group.add_argument(
         "--warmup_steps",
-        type=at_least(0),
+        type=whole(0),
         metavar="N",
         help="steps until the peak (default: one in twenty)",
     )
@@ -156,7 +156,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(group, "--weight_decay", decay, "AdamW's, on matrices", type=not_negative)
     group.add_argument(
         "--eval_every",
-        type=at_least(1),
+        type=whole(1),
         metavar="N",
         help="steps between measurements of the held-out loss (default: a tenth of --steps)",
     )
@@ -174,7 +174,7 @@ def build_parser() -> argparse.ArgumentParser:
         "format of the matmuls, on a GPU",
         choices=PRECISIONS,
     )
-    add(group, "--seed", training.seed, "of A and of the batches", type=at_least(0), metavar="N")
+    add(group, "--seed", training.seed, "of A and of the batches", type=whole(0), metavar="N")
     return parser
 
 
@@ -399,7 +399,9 @@ def is_earlier_output(folder: Path) -> bool:
     if LOG_FILE not in found:
         return not found
     files = read_json_object(folder / LOG_FILE).get("files")
-    return isinstance(files, list) and found <= set(files)
+    return isinstance(files, list) and all(
+        name in files and (folder / name).is_file() for name in found
+    )
 
 
 if __name__ == "__main__":

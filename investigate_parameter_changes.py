@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from taskvec import cli
+from taskvec.flag_values import whole
 
 if TYPE_CHECKING:  # torch is loaded only when there is work to do: --help stays fast
     import torch
@@ -84,7 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--top_k",
-        type=_count,
+        type=whole(1, 100_000),
         default=20,
         metavar="K",
         help="how many of the elements that changed most to list (default: 20)",
@@ -324,13 +325,6 @@ def _print_largest(largest: list[dict[str, Any]]) -> None:
         cli.result(f"   {line}")
     if len(largest) > SHOWN:
         cli.result(f"   ... and {len(largest) - SHOWN} more in {LARGEST_TABLE}")
-
-
-def _count(text: str) -> int:
-    count = int(text)
-    if not 1 <= count <= 100_000:
-        raise argparse.ArgumentTypeError(f"{text}: give a number from 1 to 100000")
-    return count
 
 
 def _body(args: argparse.Namespace) -> int:

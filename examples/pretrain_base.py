@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's own modules
 
 from taskvec import cli
-from taskvec.flag_values import at_least
+from taskvec.flag_values import whole
 from taskvec.output import output_directory, write_json
 from taskvec.training.options import TrainingOptions, versions
 
@@ -281,8 +281,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="where the model goes (default: %(default)s)",
     )
     steps, seed = OPTIONS.steps, OPTIONS.seed
-    parser.add_argument("--steps", type=at_least(1), default=steps, help="(default: %(default)s)")
-    parser.add_argument("--seed", type=at_least(0), default=seed, help="(default: %(default)s)")
+    parser.add_argument("--steps", type=whole(1), default=steps, help="(default: %(default)s)")
+    parser.add_argument("--seed", type=whole(0), default=seed, help="(default: %(default)s)")
     return parser
 
 

@@ -14,17 +14,16 @@ from pathlib import Path
 
 import torch
 
-from taskvec.adapter_binding import bind
-from taskvec.adapter_parts import LowRankPart, Part, ReplacementPart, TokensPart
+from taskvec.adapters.binding import bind
+from taskvec.adapters.config import LoraConfig, read_config
+from taskvec.adapters.files import CONFIG_FILE, PICKLED_FILE, WEIGHTS_FILE
+from taskvec.adapters.parts import LowRankPart, Part, ReplacementPart, TokensPart
 from taskvec.checkpoint import Checkpoint, locate_adapter
 from taskvec.cli import UserError
-from taskvec.lora_config import CONFIG_FILE, LoraConfig, read_config
 from taskvec.tensorfile import TensorFile
 from taskvec.torchfile import TorchFile
 from taskvec.update import Update
 from taskvec.updates.in_turn import InTurn
-
-WEIGHTS_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 Sources = str | Sequence[str]
 
@@ -141,12 +140,12 @@ def open_weights(path: Path) -> TensorFile:
     Raises:
         UserError: there are none, or they are damaged.
     """
-    safe, pickled = (path / name for name in WEIGHTS_FILES)
+    safe, pickled = path / WEIGHTS_FILE, path / PICKLED_FILE
     if safe.is_file():
         return TensorFile(safe)
     if pickled.is_file():
         return TorchFile(pickled)
-    raise UserError(f"{path}: holds no {WEIGHTS_FILES[0]}; PEFT's save_pretrained() writes one")
+    raise UserError(f"{path}: holds no {WEIGHTS_FILE}; PEFT's save_pretrained() writes one")
 
 
 def _check_order(name: str, parts: Sequence[Part]) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from taskvec.architecture import layer_split, place
+from taskvec.header import TensorInfo
 from taskvec.spectrum import (
     DENSE_ELEMENTS,
     DENSE_SIDE,
@@ -25,7 +26,6 @@ from taskvec.spectrum import (
     stable_rank,
 )
 from taskvec.subject import Subject
-from taskvec.tensorfile import TensorInfo
 
 LEADING = 16  # singular values that a spectrum from a few products resolves one by one
 OUTSIDE = "outside the layers"

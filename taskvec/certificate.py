@@ -295,9 +295,10 @@ class ParameterCertificate:
             rows = rows.nonzero().flatten() + block.start
             tally.violating_rows.update(rows.tolist())
         if tally.worst is None or largest > tally.max_ratio:
-            row = int(ratio.flatten(1).amax(1).argmax()) if ratio.ndim > 1 else int(ratio.argmax())
-            column = int(ratio[row].argmax())  # by rows: argmax takes long over many elements
-            place = row * ratio[0].numel() + column
+            rows = ratio.reshape(ratio.shape[0] if ratio.ndim else 1, -1)
+            row = int(rows.amax(1).argmax())
+            column = int(rows[row].argmax())  # by rows: argmax takes long over many elements
+            place = row * rows.shape[1] + column
             tally.max_ratio = largest
             tally.worst = Element(
                 row=row + block.start,

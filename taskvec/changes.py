@@ -22,9 +22,9 @@ from taskvec.compare import (
     attribute_parameter,
     compare_parameter,
 )
+from taskvec.header import TensorInfo
 from taskvec.rounding import FORMATS
 from taskvec.subject import Subject
-from taskvec.tensorfile import TensorInfo
 
 Entry = dict[str, Any]
 

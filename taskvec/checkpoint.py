@@ -17,8 +17,10 @@ from typing import Any
 
 import torch
 
+from taskvec.adapters.files import CONFIG_FILE, PICKLED_FILE, WEIGHTS_FILE
 from taskvec.cli import UserError
-from taskvec.tensorfile import TensorFile, TensorInfo, without_duplicates
+from taskvec.header import TensorInfo, without_duplicates
+from taskvec.tensorfile import TensorFile
 from taskvec.ties import set_copies_aside
 from taskvec.torchfile import TorchFile, is_torch_file
 
@@ -35,7 +37,7 @@ _MOST_JSON_LAYERS = 100
 # What a hub download of a model consists of: configuration, tokenizer and weights.
 _MODEL_PATTERNS = ["*.json", "*.txt", "*.model", "*.jinja", "model*.safetensors"]
 _TORCH_PATTERNS = ["pytorch_model*.bin"]  # only where there is no safetensors file
-_ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"]
+_ADAPTER_FILES = [CONFIG_FILE, WEIGHTS_FILE, PICKLED_FILE]
 # What quantisation methods store beside or instead of a weight.
 _QUANTISED = re.compile(
     r"\.(?:(?P<gptq>qweight|qzeros)|(?P<bnb8>SCB)|(?P<compressed>weight_packed)"
@@ -201,7 +203,7 @@ def locate_adapter(source: str) -> Path:
 
 def named_adapters(directory: Path) -> list[str]:
     """The folders within a directory that hold an adapter."""
-    return sorted(path.parent.name for path in directory.glob(f"*/{_ADAPTER_FILES[0]}"))
+    return sorted(path.parent.name for path in directory.glob(f"*/{CONFIG_FILE}"))
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

@@ -7,16 +7,19 @@ import math
 from collections.abc import Callable
 
 
-def at_least(least: int) -> Callable[[str], int]:
-    """An argparse type: a whole number that is not below ``least``."""
+def whole(least: int, most: int | None = None) -> Callable[[str], int]:
+    """An argparse type: a whole number from ``least`` on, or up to ``most``."""
+    wanted = f"{least} or more" if most is None else f"from {least} to {most}"
 
     def parse(text: str) -> int:
-        value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{text} is less than {least}")
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least or (most is not None and value > most):
+            raise argparse.ArgumentTypeError(f"{text}: give a whole number, {wanted}")
         return value
 
-    parse.__name__ = "whole number"  # argparse's word for it in "invalid ... value"
     return parse
 
 

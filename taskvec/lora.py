@@ -29,8 +29,9 @@ from torch import nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from taskvec.adapters.config import LoraConfig
+from taskvec.adapters.files import CONFIG_FILE
 from taskvec.cli import UserError
-from taskvec.lora_config import CONFIG_FILE, LoraConfig
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,12 @@ import re
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from taskvec.adapters.config import LoraConfig, read_config
+from taskvec.adapters.files import WEIGHTS_FILE, write_adapter
+from taskvec.adapters.keys import PREFIX
 from taskvec.checkpoint import locate_adapter
 from taskvec.cli import UserError
 from taskvec.lora import (
@@ -22,12 +24,8 @@ from taskvec.lora import (
     refuse_kind,
     settings_of,
 )
-from taskvec.lora_config import CONFIG_FILE, LoraConfig, read_config
-from taskvec.output import write_json
 from taskvec.tensorfile import TensorFile
 
-WEIGHTS_FILE = "adapter_model.safetensors"
-_PREFIX = "base_model.model."  # what PEFT puts before a module's name
 _FACTOR = re.compile(
     r"^base_model\.model\.(?P<module>.+)\.(?P<end>lora_[AB]\.weight|lora_embedding_[AB])$"
 )
@@ -67,13 +65,11 @@ def save_adapter(
         **settings.peft_values(),
     }
     tensors = {
-        f"{_PREFIX}{module}.{end}": factor.detach().cpu().contiguous()
+        f"{PREFIX}{module}.{end}": factor
         for module, layer in covered.items()
         for end, factor in layer.adapter(name).factors().items()
     }
-    directory.mkdir(parents=True, exist_ok=True)
-    write_json(directory / CONFIG_FILE, config)
-    save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt"})
+    write_adapter(directory, config, tensors)
 
 
 @torch.no_grad()

@@ -22,9 +22,10 @@ from taskvec import processes
 from taskvec.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
 from taskvec.cli import UserError, notice
 from taskvec.conversions import stays_in_fp32
+from taskvec.header import TensorInfo
 from taskvec.output import write_json
 from taskvec.rounding import FP16, FP32, Format
-from taskvec.tensorfile import TensorFileWriter, TensorInfo, row_blocks
+from taskvec.tensorfile import TensorFileWriter, row_blocks
 from taskvec.ties import untied
 from taskvec.workers import for_each
 

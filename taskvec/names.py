@@ -16,7 +16,7 @@ from typing import NamedTuple
 from taskvec.checkpoint import Checkpoint
 from taskvec.cli import UserError, notice
 from taskvec.conversions import Conversion, Key, conversion_of
-from taskvec.tensorfile import TensorInfo
+from taskvec.header import TensorInfo
 from taskvec.ties import tied_to, untie
 
 Rule = tuple[str, str]

@@ -39,8 +39,8 @@ def output_directory(
 
     Args:
         target: absent, empty, or an earlier output, which is replaced as a whole.
-        is_ours: the file names that this script writes, or a test of an existing directory, to
-            tell an earlier output from somebody's other files.
+        is_ours: the file names that this script writes, or a test of an existing directory and
+            of all that is in it, to tell an earlier output from somebody's other files.
         inputs: paths that are read meanwhile; ``target`` may not be one, nor lie inside one.
 
     Raises:
@@ -49,12 +49,12 @@ def output_directory(
     """
     target = target.resolve()
     partial = _beside(target, _PARTIAL)
-    with _naming(target), contextlib.ExitStack() as stack:
+    with _naming(target), contextlib.ExitStack() as stack, contextlib.ExitStack() as unfinished:
 
         def begin() -> None:
             _check_target(target, is_ours, inputs)
             stack.enter_context(_new_parents(target))
-            stack.callback(os.close, _claim(partial))
+            _claim(partial, stack, unfinished)
 
         def finish() -> None:
             for path in sorted(partial.rglob("*")):
@@ -62,16 +62,12 @@ def output_directory(
             _flush(partial)
             _check_target(target, is_ours, inputs)  # nobody has put other files there meanwhile
             _take_place(partial, target)
+            unfinished.pop_all()
 
         processes.by_main(begin)
-        try:
-            yield partial
-            processes.wait()
-            processes.by_main(finish)
-        except BaseException:
-            if processes.is_main():
-                _remove(partial)
-            raise
+        yield partial
+        processes.wait()
+        processes.by_main(finish)
 
 
 def refuse_on_input(
@@ -151,7 +147,7 @@ def _check_target(
     if callable(is_ours):
         foreign = found if found and not is_ours(target) else []
     else:
-        foreign = [n for n in found if n not in is_ours or (target / n).is_dir()]
+        foreign = [name for name in found if name not in is_ours or (target / name).is_dir()]
     if foreign:
         raise UserError(
             f"{target}: holds {foreign[0]}, which is not an output of this script; choose another "
@@ -159,10 +155,10 @@ def _check_target(
         )
 
 
-def _claim(partial: Path) -> int:
-    """Make a fresh directory and keep other runs out of it until the descriptor is closed.
+def _claim(partial: Path, locked: contextlib.ExitStack, unfinished: contextlib.ExitStack) -> None:
+    """Make a fresh directory and keep other runs out of it until ``locked`` is closed.
 
-    What a killed run left is removed: its lock went with it.
+    What a killed run left is removed: its lock went with it. ``unfinished`` removes the directory.
     """
     with contextlib.suppress(FileNotFoundError):
         stale = _lock(partial)
@@ -170,12 +166,12 @@ def _claim(partial: Path) -> int:
             shutil.rmtree(partial)
         finally:
             os.close(stale)
+    unfinished.callback(_remove, partial)  # first, so that an interrupt finds it noted down
     try:
         partial.mkdir()
-        return _lock(partial)
-    except KeyboardInterrupt:
-        with contextlib.suppress(OSError):
-            partial.rmdir()
+        locked.callback(os.close, _lock(partial))
+    except (FileExistsError, UserError):  # another run's
+        unfinished.pop_all()
         raise
 
 

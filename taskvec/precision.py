@@ -22,6 +22,7 @@ from taskvec.adapter import Adapter
 from taskvec.checkpoint import Checkpoint
 from taskvec.cli import UserError
 from taskvec.compare import BLOCK_ELEMENTS, Magnitude, PairSums
+from taskvec.header import TensorInfo
 from taskvec.modelwriter import stored_format
 from taskvec.rounding import (
     FORMATS,
@@ -32,7 +33,7 @@ from taskvec.rounding import (
 )
 from taskvec.subject import stored_blocks
 from taskvec.taskvector import BASE_PRECISION, StoredTaskVector
-from taskvec.tensorfile import TensorInfo, row_blocks
+from taskvec.tensorfile import row_blocks
 from taskvec.update import Update
 
 STORED = "stored"

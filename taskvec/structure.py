@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from taskvec.architecture import fold_alike, layer_split, place, template
-from taskvec.tensorfile import TensorInfo
+from taskvec.header import TensorInfo
 
 BLOCKS = ("embedding", "attention", "mlp", "norm", "other")
 

@@ -16,6 +16,7 @@ import torch
 from taskvec.checkpoint import Checkpoint, open_checkpoint
 from taskvec.cli import UserError
 from taskvec.compare import BLOCK_ELEMENTS, Magnitude, read_blocks
+from taskvec.header import TensorInfo
 from taskvec.names import aligned
 from taskvec.taskvector import (
     FormedTaskVector,
@@ -23,7 +24,7 @@ from taskvec.taskvector import (
     TaskVector,
     open_task_vector,
 )
-from taskvec.tensorfile import TensorInfo, row_blocks
+from taskvec.tensorfile import row_blocks
 
 
 @dataclass(frozen=True)

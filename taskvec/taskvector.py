@@ -17,9 +17,10 @@ import torch
 from taskvec.certificate import Block
 from taskvec.checkpoint import Checkpoint
 from taskvec.cli import UserError
+from taskvec.header import TensorInfo
 from taskvec.names import aligned
 from taskvec.rounding import BF16, FORMATS, FP16, FP32, Format, subtract_rows
-from taskvec.tensorfile import TensorFile, TensorInfo, to_device
+from taskvec.tensorfile import TensorFile, to_device
 from taskvec.ties import set_copies_aside
 
 TASK_VECTOR_FILE = "task_vector.safetensors"

@@ -27,7 +27,8 @@ from typing import IO, Any
 import torch
 
 from taskvec.cli import UserError
-from taskvec.tensorfile import DTYPE_NAMES, TensorFile, TensorInfo
+from taskvec.header import DTYPE_NAMES, TensorInfo
+from taskvec.tensorfile import TensorFile
 
 _LOCAL_HEADER_BYTES = 30
 _PIECE_BYTES = 1 << 24

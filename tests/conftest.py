@@ -132,6 +132,19 @@ def hub() -> Callable[..., str]:
     return put
 
 
+@pytest.fixture
+def lab(tmp_path: Path, tiny: TinyModels) -> Callable[..., Any]:
+    """Labs for one test: lab(family, precision, ...)."""
+    from tests.lab import Lab
+
+    def make(*args: Any, **settings: Any) -> Lab:
+        path = tmp_path / f"lab{len(list(tmp_path.iterdir()))}"
+        path.mkdir()
+        return Lab(path, tiny, *args, **settings)
+
+    return make
+
+
 @pytest.fixture(scope="session")
 def commands() -> Iterator[Any]:
     """Runs commands in processes that are limited or disturbed (`tests.faults.Commands`)."""

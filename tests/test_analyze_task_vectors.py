@@ -492,4 +492,4 @@ def test_a_list_in_a_configuration_file_does_not_swallow_what_follows(vectors, t
 @pytest.mark.parametrize("rank", ["0", "-1", "two", "1.5"])
 def test_a_rank_is_a_positive_number_or_auto(rank, capsys):
     assert main(["to_lora", "--rank", rank]) == 2
-    assert "give a positive whole number" in capsys.readouterr().err
+    assert f"{rank}: give a whole number, 1 or more" in capsys.readouterr().err

@@ -166,9 +166,9 @@ MERGE: dict[str, tuple[Any, str]] = {
         lambda w: w.merge(base_model=w.lora),
         r"lora: holds neither model\.safetensors nor model\.safetensors\.index\.json",
     ),
-    "pickled base": (
+    "empty .bin base": (
         lambda w: w.merge(base_model=w.put("pickled/pytorch_model.bin").parent),
-        r"holds pytorch_model\.bin only; load it in transformers and save_pretrained\(\) it",
+        r"pytorch_model\.bin: no state dict that torch can read: EOFError",
     ),
     # damaged bases
     "shard missing": (lambda w: w.shard(None), rf"{SHARD}: named in {INDEX} but not there"),

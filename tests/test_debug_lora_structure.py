@@ -22,7 +22,7 @@ import debug_lora_structure
 import merge_lora
 from taskvec import cli
 from taskvec.adapter import open_adapter
-from taskvec.adapter_check import AdapterReport, inspect_adapter
+from taskvec.adapters.check import AdapterReport, inspect_adapter
 from taskvec.checkpoint import open_checkpoint
 from tests.adapter_kinds import KINDS, make_kind
 from tests.broken_adapters import (

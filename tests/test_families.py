@@ -10,7 +10,7 @@ import torch
 from compare_lora_task_vector import compare
 from extract_task_vectors import extract
 from merge_lora import merge
-from taskvec.adapter_check import inspect_adapter
+from taskvec.adapters.check import inspect_adapter
 from taskvec.checkpoint import open_checkpoint
 from tests.checks import assert_same_bits, weights
 from tests.models import ALL_FAMILIES, auto_class, peft_merge

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 import final_validation
 from extract_task_vectors import extract
 from merge_lora import merge
-from taskvec import validation
 from taskvec.adapter import open_adapter
 from taskvec.checkpoint import open_checkpoint
+from taskvec.reports import validation
 from taskvec.rounding import FORMATS
 from tests.checks import edit_json
 from tests.models import make_adapter, make_base

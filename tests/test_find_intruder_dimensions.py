@@ -290,7 +290,7 @@ def test_what_cannot_be_answered_is_refused(llama, llama_lora, adapter, tiny, tm
         ("--lora_path", lora, str(adapter), "--scale_intruders", "0"): "give one version",
         ("--lora_path", f"={lora}"): "PATH or LABEL=PATH",
         ("--lora_path", lora, "--epsilon", "1.5"): "between 0 and 1",
-        ("--lora_path", lora, "--top_k", "0"): "0 is less than 1",
+        ("--lora_path", lora, "--top_k", "0"): "0: give a whole number, 1 or more",
         ("--lora_path", lora, "--scale_intruders", "nan"): "nan is not a finite number",
         ("--lora_path", lora, "--output_dir", str(llama)): "input",
     }

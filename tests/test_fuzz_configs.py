@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 
-from taskvec import cli, patterns
+from taskvec import cli
+from taskvec.adapters import patterns
 from tests import hostile
 from tests.hostile import BASE, CONFIG, LORA_CONFIG, A, B, Sandbox, cases, json_bytes, run_main
 

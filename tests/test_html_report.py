@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 import final_validation
-from taskvec import htmlreport
-from taskvec.htmlreport import validation_page
+from taskvec.reports import html as htmlreport
+from taskvec.reports.html import validation_page
 from tests.checks import edit_tensors
 from tests.models import make_adapter, make_base
 

@@ -324,7 +324,7 @@ def test_nothing_changed_is_said_plainly(starcoder2, tmp_path, capsys):
             ["--lora_path", "x", "--base_model", "y", "--comparison", "z"],
             "either --comparison or --lora_path",
         ),
-        (["--top_k", "0"], "give a number from 1"),
+        (["--top_k", "0"], "give a whole number, from 1"),
         (["--finetuned_model", "x"], "--finetuned_model needs --base_model"),
     ],
 )

@@ -6,7 +6,7 @@ import pytest
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 
-from taskvec.targets import TargetRule
+from taskvec.adapters.targets import TargetRule
 
 MODULES = [
     "lm_head",

@@ -18,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, load_file, save, save_file
 
 from taskvec.cli import UserError
-from taskvec.tensorfile import TensorFile, TensorFileWriter, TensorInfo, row_blocks
+from taskvec.header import TensorInfo
+from taskvec.tensorfile import TensorFile, TensorFileWriter, row_blocks
 from tests.checks import raw_bytes
 
 DTYPES = [

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 
 from taskvec.certificate import Block, ParameterCertificate
 from taskvec.cli import UserError
+from taskvec.header import TensorInfo
 from taskvec.rounding import FORMATS, FP32, RECIPES, Format, bound_rows, families, subtract_rows
-from taskvec.tensorfile import TensorInfo
 from taskvec.update import Update
 from taskvec.updates.dora import Dora
 from taskvec.updates.in_turn import InTurn

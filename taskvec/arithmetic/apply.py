@@ -11,19 +11,24 @@ whether they were zero.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from taskvec.arithmetic.several import read_rows
 from taskvec.certificate import Block
-from taskvec.checkpoint import Checkpoint
+from taskvec.checkpoint import Checkpoint, read_json_object
+from taskvec.cli import UserError
 from taskvec.modelwriter import RowsFunction, stored_format
 from taskvec.rounding import FORMATS, FP32, Format, half_ulp, round_once
 from taskvec.taskvector import StoredTaskVector, TaskVector
+
+APPLIED = "apply_manifest.json"
 
 
 @dataclass
@@ -183,3 +188,29 @@ def _differs(again: torch.Tensor, block: Block) -> torch.Tensor:
 
 def _format_of(dtype: torch.dtype) -> Format | None:
     return next((format for format in FORMATS.values() if format.dtype == dtype), None)
+
+
+def scale_names(scales: Sequence[float], finetuned_model: str | None) -> list[str]:
+    """The directory of each scale within the output: the output itself if there is only one."""
+    if not all(map(math.isfinite, scales)):
+        raise UserError(f"--scale {scales}: give finite numbers")
+    if len(set(scales)) < len(scales):
+        raise UserError(f"--scale {scales}: one of them is given twice")
+    if finetuned_model is not None and 1.0 not in scales:
+        raise UserError("--finetuned_model is compared at --scale 1, which is not among them")
+    if len(scales) == 1:
+        return ["."]
+    return [f"scale_{scale}" for scale in scales]
+
+
+def is_applied(directory: Path) -> bool:
+    """True for a directory that holds an earlier output of `apply` and nothing else."""
+    if not (directory / APPLIED).is_file():
+        return False
+    files = read_json_object(directory / APPLIED).get("files")
+    return isinstance(files, list) and all(str(path) in files for path in files_inside(directory))
+
+
+def files_inside(directory: Path) -> list[Path]:
+    """Everything in a directory, by its path from there."""
+    return [path.relative_to(directory) for path in directory.rglob("*")]

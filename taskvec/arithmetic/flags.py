@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from taskvec import cli
+from taskvec.flag_values import whole
+
+if TYPE_CHECKING:
+    from taskvec.arithmetic.combine import Combination
 
 DEFAULT_TASK_VECTOR = "task_vectors_fp32/"
 
@@ -138,7 +143,7 @@ def _add_to_lora(parser: argparse.ArgumentParser) -> None:
         help="of every module; auto: what stands above the rounding noise (default: auto)",
     )
     to_lora.add_argument(
-        "--max_rank", type=_positive, metavar="N", help="the most that auto may choose"
+        "--max_rank", type=whole(1), metavar="N", help="the most that auto may choose"
     )
     _add_output(to_lora, "extracted_lora/")
 
@@ -175,11 +180,27 @@ def _add_output(command: argparse.ArgumentParser, default: str) -> None:
     )
 
 
+def combination(args: argparse.Namespace, count: int) -> Combination:
+    """What the command and its flags ask for."""
+    from taskvec.arithmetic.combine import Combination
+
+    weights = {"negate": (-1.0,), "analogy": (1.0, 1.0, -1.0)}.get(args.command)
+    if weights is None and args.command == "scale":
+        weights = (args.factor,)
+    elif weights is None:
+        weights = tuple(args.weights or [1.0] * count)
+    if len(weights) != count:
+        raise cli.UserError(f"--weights: {len(weights)} given for {count} task vectors")
+    sign_aware = args.command in ("ties", "dare_linear", "dare_ties")
+    return Combination(
+        args.command if sign_aware else "linear",
+        weights,
+        density=getattr(args, "density", None),
+        seed=getattr(args, "seed", None),
+        sign_method=getattr(args, "sign_method", None),
+        definition=getattr(args, "definition", "peft"),
+    )
+
+
 def _rank(text: str) -> int | None:
-    return None if text == "auto" else _positive(text)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r}: give a positive whole number")
-    return int(text)
+    return None if text == "auto" else whole(1)(text)

@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 
 from taskvec.cli import UserError
+from taskvec.header import TensorInfo
 from taskvec.taskvector import StoredTaskVector, open_task_vector
-from taskvec.tensorfile import TensorInfo, row_blocks
+from taskvec.tensorfile import row_blocks
 
 BLOCK_ELEMENTS = 1 << 20  # of all the vectors together
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from taskvec.architecture import fold_alike, fold_names, template
+from taskvec.architecture import fold_alike, fold_names, place, template
 from taskvec.lowrank.convert import ARTIFACT, BELOW_FLOOR, BIAS, LEFT_OUT, LORA, SAVED, UNCHANGED
 from taskvec.wording import number, percent, size, table
 
@@ -229,3 +229,24 @@ def _most(values: Iterable[float | None]) -> float | None:
 def _range(values: list[int]) -> str:
     low, high = min(values), max(values)
     return str(low) if low == high else f"{low}-{high}"
+
+
+def lora_notices(content: Document) -> list[str]:
+    """What a user of the adapter should know before it surprises them."""
+    notices = []
+    if not content["modules_known"]:
+        notices.append(
+            "Modules were judged by the names of their parameters; with --base_model and its "
+            "config.json they are known (GPT-2's Conv1D needs that)."
+        )
+    embeddings = [
+        name
+        for name, entry in content["parameters"].items()
+        if entry["treatment"] == "lora" and place(name).block == "embedding"
+    ]
+    if embeddings and content["tied_embedding"]:
+        notices.append(
+            f"{embeddings[0]} is also the head's weight: PEFT gives the head its change only once "
+            "the adapter is merged."
+        )
+    return notices

@@ -13,6 +13,7 @@ from taskvec.certificate import Block
 from taskvec.compare import Comparison, ParameterResult
 from taskvec.diagnosis.case import Case, merged_rows, wide
 from taskvec.diagnosis.merges import WrongMerge
+from taskvec.header import row_shape
 from taskvec.rounding import (
     AS_COMPUTED,
     FP16,
@@ -22,7 +23,6 @@ from taskvec.rounding import (
     half_ulp,
     subtract_rows,
 )
-from taskvec.tensorfile import row_shape
 
 # Scattered elements up to this number, or this share, are damage; more must lie together.
 _FEW, _FEW_SHARE = 16, 1e-3

@@ -1,8 +1,8 @@
 """The result as figures, one function each, drawn from the JSON document and never from tensors.
 
-Each takes the content of comparison_results.json (`taskvec.report.document`) and the path of the
-PNG to write, and returns the figure. Purple circles are parameters that the adapter changes, red
-triangles those that changed without it, black crosses those that fail the certificate.
+Each takes the content of comparison_results.json (`taskvec.reports.comparison.document`) and the
+path of the PNG to write, and returns the figure. Purple circles are parameters that the adapter
+changes, red triangles those that changed without it, black crosses those that fail the certificate.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """What each figure found: its title and note, from the JSON document alone.
 
-Every function takes the content of comparison_results.json (`taskvec.report.document`) and returns
-a `Finding`. Where the certificate does not hold, the title says so and names the parameters.
+Every function takes the content of comparison_results.json
+(`taskvec.reports.comparison.document`) and returns a `Finding`. Where the certificate does not
+hold, the title says so and names the parameters.
 """
 
 from __future__ import annotations

@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 
 from taskvec import cli
+from taskvec.header import TensorInfo
 from taskvec.output import output_directory
-from taskvec.tensorfile import TensorFile, TensorFileWriter, TensorInfo
+from taskvec.tensorfile import TensorFile, TensorFileWriter
 
 _VERSION = "taskvec base SVD 1"
 _FILE = "svd.safetensors"

@@ -85,5 +85,5 @@ def is_scaled_model(directory: Path) -> bool:
         return False
     files = read_json_object(directory / MANIFEST).get("files")
     return isinstance(files, list) and all(
-        path.is_file() and path.name in files for path in directory.iterdir()
+        path.name in files and path.is_file() for path in directory.iterdir()
     )

@@ -14,8 +14,8 @@ from taskvec.adapter import Adapter, open_adapter
 from taskvec.architecture import place
 from taskvec.checkpoint import Checkpoint, open_checkpoint
 from taskvec.cli import UserError
+from taskvec.header import TensorInfo
 from taskvec.names import aligned
-from taskvec.tensorfile import TensorInfo
 from taskvec.updates.products import LowRank
 
 # Models whose linear layers are transformers' Conv1D, which stores W^T (in, out).

@@ -1,4 +1,4 @@
-"""A PEFT LoRA adapter on disk, from factors: adapter_config.json and adapter_model.safetensors.
+"""A PEFT LoRA adapter from factors: its configuration and its tensors.
 
 The names are those of PEFT's save_pretrained:
 
@@ -18,15 +18,10 @@ from typing import Any
 
 import torch
 
-from taskvec.lora_config import CONFIG_FILE
+from taskvec.adapters.files import write_adapter
+from taskvec.adapters.keys import PREFIX
 from taskvec.lowrank.factors import Factors
 from taskvec.lowrank.layout import CONV1D, EMBEDDING, Parameter
-from taskvec.output import write_json
-from taskvec.tensorfile import TensorFileWriter
-
-WEIGHTS_FILE = "adapter_model.safetensors"  # the name that PEFT reads
-
-_PREFIX = "base_model.model."
 
 
 @dataclass
@@ -50,7 +45,7 @@ class AdapterFiles:
 
     def add_factors(self, parameter: Parameter, factors: Factors) -> None:
         """A low-rank update of a module's weight."""
-        module, name = parameter.module, _PREFIX + parameter.module
+        module, name = parameter.module, PREFIX + parameter.module
         A, B = factors.right, factors.left
         if parameter.transposed:
             A, B = B.T.contiguous(), A.T.contiguous()
@@ -69,7 +64,7 @@ class AdapterFiles:
     def add_saved(self, parameter: Parameter, value: torch.Tensor) -> None:
         """The new value, fp32, of a parameter of a module that is saved whole."""
         self._saved.add(parameter.module)
-        self._tensors[f"{_PREFIX}{parameter.module}.{parameter.leaf}"] = value
+        self._tensors[f"{PREFIX}{parameter.module}.{parameter.leaf}"] = value
 
     def config(self) -> dict[str, Any]:
         """adapter_config.json: scaling 1 everywhere, the most frequent rank as r."""
@@ -105,12 +100,8 @@ class AdapterFiles:
             raise ValueError("an adapter needs at least one module")
         for module, bias in self._biases.items():
             wrapped = ".base_layer" if module in self._ranks else ""
-            self._tensors[f"{_PREFIX}{module}{wrapped}.bias"] = bias
-        write_json(directory / CONFIG_FILE, self.config())
-        specs = [(name, t.dtype, tuple(t.shape)) for name, t in sorted(self._tensors.items())]
-        with TensorFileWriter(directory / WEIGHTS_FILE, specs) as writer:
-            for name, tensor in self._tensors.items():
-                writer.write(name, tensor)
+            self._tensors[f"{PREFIX}{module}{wrapped}.bias"] = bias
+        write_adapter(directory, self.config(), self._tensors)
         return sum(tensor.nbytes for tensor in self._tensors.values())
 
 

@@ -16,7 +16,7 @@ import torch
 from taskvec import cli
 from taskvec.architecture import place
 from taskvec.checkpoint import Checkpoint
-from taskvec.tensorfile import TensorInfo
+from taskvec.header import TensorInfo
 
 LINEAR, CONV1D, EMBEDDING, OTHER = "linear", "conv1d", "embedding", "other"
 

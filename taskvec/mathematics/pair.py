@@ -13,10 +13,11 @@ import torch
 from taskvec.checkpoint import Checkpoint
 from taskvec.cli import UserError
 from taskvec.compare import BLOCK_ELEMENTS
+from taskvec.header import TensorInfo
 from taskvec.rounding import FP32, Format, half_ulp, subtract_rows
 from taskvec.spectrum import Blocks
 from taskvec.taskvector import StoredTaskVector
-from taskvec.tensorfile import TensorFile, TensorInfo, row_blocks
+from taskvec.tensorfile import TensorFile, row_blocks
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from taskvec.cli import UserError
+from taskvec.header import row_shape
 from taskvec.rounding import (
     U32,
     Family,
@@ -27,7 +28,6 @@ from taskvec.rounding import (
     gamma,
     rounding_error,
 )
-from taskvec.tensorfile import row_shape
 from taskvec.update import Update
 from taskvec.updates.products import LowRank
 from taskvec.updates.replaced import RowReader

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from taskvec.header import row_shape
 from taskvec.rounding import (
     FP32,
     Family,
@@ -27,7 +28,6 @@ from taskvec.rounding import (
     recipe_delta,
     underflow_of_products,
 )
-from taskvec.tensorfile import row_shape
 from taskvec.update import Update
 
 # A product of few rows takes another path through the BLAS than the whole matrix does, and has

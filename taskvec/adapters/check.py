@@ -13,32 +13,27 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from taskvec.adapter import open_adapter, open_weights
-from taskvec.adapter_fit import coverage_problems, fit_problems, target_problems
-from taskvec.adapter_keys import BIAS, MAGNITUDE, TOKENS, WHOLE, factor_of, key_of
-from taskvec.adapter_problems import (
+from taskvec.adapter import open_weights
+from taskvec.adapters.attempt import Attempt, try_merge
+from taskvec.adapters.config import LoraConfig, load_config
+from taskvec.adapters.fit import coverage_problems, fit_problems, target_problems
+from taskvec.adapters.keys import BIAS, MAGNITUDE, TOKENS, WHOLE, factor_of, key_of
+from taskvec.adapters.measure import measure
+from taskvec.adapters.problems import (
     ERROR,
     Factors,
     Problem,
     config_problems,
-    dtype_name,
     rank_problems,
     tensor_problems,
     value_problems,
 )
+from taskvec.adapters.targets import TargetRule
 from taskvec.checkpoint import Checkpoint, locate_adapter
 from taskvec.cli import UserError
-from taskvec.lora_config import LoraConfig, load_config
+from taskvec.header import TensorInfo
 from taskvec.names import by_key, naming_rules, pieces, renaming
-from taskvec.targets import TargetRule
-from taskvec.tensorfile import TensorFile, TensorInfo, row_blocks
-from taskvec.update import Update
-from taskvec.updates.products import LowRank
 
-_BLOCK_ELEMENTS = 1 << 20
-_FP32_LARGEST = torch.finfo(torch.float32).max
 _SHOWN_CONFIG = (
     "peft_type",
     "peft_version",
@@ -134,13 +129,13 @@ def inspect_adapter(source: str, base: Checkpoint | None = None) -> AdapterRepor
     path = locate_adapter(source)
     config = load_config(path)
     with open_weights(path) as file:
-        attempt = _try_merge(source, base) if base is not None else None
+        attempt = try_merge(source, base) if base is not None else None
         sides = _sides(file.tensors)
         named = {module: _adapted(module, file.tensors, sides[module], config) for module in sides}
         find = _finder(base)
         rule = _naming_rule([name for name, _ in named.values()], base, find)
         factors = [
-            _measure(file, *named[module], found, config, find(named[module][0], rule))
+            measure(file, *named[module], found, config, find(named[module][0], rule))
             for module, found in sides.items()
         ]
         problems = [*config_problems(config), *tensor_problems(file.tensors, config)]
@@ -274,73 +269,8 @@ def _base_problems(
     ]
 
 
-def _measure(
-    file: TensorFile,
-    module: str,
-    matrices: int,
-    sides: dict[str, TensorInfo],
-    config: LoraConfig,
-    parameter: str | None,
-) -> Factors:
-    """Read a module's factors and say what they amount to."""
-    try:
-        rank, scaling = config.scaling(module)
-    except UserError:
-        rank, scaling = None, None
-    read = {
-        side: file.read(info).float().double()  # fp32 first: what the merge computes with
-        for side, info in sides.items()
-        if info.is_float
-    }
-    values = list(read.values())
-    return Factors(
-        module=module,
-        parameter=parameter,
-        A_shape=sides["A"].shape if "A" in sides else None,
-        B_shape=sides["B"].shape if "B" in sides else None,
-        rank=rank,
-        scaling=scaling,
-        dtypes=[dtype_name(sides[side]) for side in "AB" if side in sides],
-        A_norm=_norm(read.get("A")),
-        B_norm=_norm(read.get("B")),
-        update_norm=_update_norm(read.get("A"), read.get("B"), scaling, matrices),
-        non_finite=sum(int((~torch.isfinite(value)).sum()) for value in values),
-        dead=any(not bool(value.any()) for value in values),
-        matrices=matrices,
-        embedding=any(".lora_embedding_" in info.name for info in sides.values()),
-    )
-
-
-def _norm(factor: torch.Tensor | None) -> float | None:
-    return None if factor is None else _finite(float(torch.linalg.vector_norm(factor)))
-
-
-def _update_norm(
-    A: torch.Tensor | None, B: torch.Tensor | None, scaling: float | None, matrices: int
-) -> float | None:
-    """‖s B A‖ without forming B A: ‖B A‖² = tr((Bᵀ B)(A Aᵀ)), r x r matrices in float64.
-
-    Where the rank is larger than both sides of B A, that is what takes little memory.
-    """
-    if A is None or B is None or scaling is None or A.ndim < 2 or B.ndim < 2:
-        return None
-    if A.shape[0] != B.shape[1] or A.shape[0] % matrices or not A.numel() or not B.numel():
-        return None
-    each_A = A.reshape(matrices, -1, A[0].numel())
-    each_B = B.reshape(B.shape[0], -1, matrices).permute(2, 0, 1)
-    if each_A.shape[1] > max(each_A.shape[2], each_B.shape[1]):
-        squared = float((each_B @ each_A).square().sum())
-    else:
-        squared = float(((each_B.mT @ each_B) * (each_A @ each_A.mT)).sum())
-    return _finite(abs(scaling) * math.sqrt(max(0.0, squared))) if squared == squared else None
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
 def _touched(
-    attempt: _Attempt | None, factors: Sequence[Factors], base: Checkpoint | None
+    attempt: Attempt | None, factors: Sequence[Factors], base: Checkpoint | None
 ) -> dict[str, tuple[int, ...]]:
     """The parameters that the merge changes, or would if what is wrong were put right."""
     if base is None:
@@ -356,15 +286,7 @@ def _touched(
     return touched
 
 
-@dataclass(frozen=True)
-class _Attempt:
-    """What came of a merge: why it would stop, and the parameters that it would change."""
-
-    reason: str | None
-    parameters: list[str]
-
-
-def _refusal(attempt: _Attempt | None, problems: list[Problem]) -> str | None:
+def _refusal(attempt: Attempt | None, problems: list[Problem]) -> str | None:
     """Why the merge would stop. A reason that is not among the problems yet is put there."""
     reason = attempt.reason if attempt else None
     if reason is not None and _first_error(problems) is None:
@@ -374,43 +296,6 @@ def _refusal(attempt: _Attempt | None, problems: list[Problem]) -> str | None:
 
 def _first_error(problems: Sequence[Problem]) -> str | None:
     return next((problem.what for problem in problems if problem.severity == ERROR), None)
-
-
-def _try_merge(source: str, base: Checkpoint) -> _Attempt:
-    """Go through the merge's own checks, and see whether a delta overflows fp32."""
-    parameters: list[str] = []
-    try:
-        with open_adapter(source, base) as adapter:
-            parameters = adapter.parameters
-            for name in parameters:
-                update = adapter.update(name, torch.device("cpu"))
-                if _overflows(update, base.tensors[name]):
-                    reason = f"{name}: its delta overflows fp32; check lora_alpha and the factors"
-                    return _Attempt(reason, parameters)
-    except UserError as error:
-        return _Attempt(str(error), parameters)
-    return _Attempt(None, parameters)
-
-
-def _overflows(update: Update, info: TensorInfo) -> bool:
-    """True if the delta has values beyond fp32; computed only where a bound cannot exclude it."""
-    if not info.elements:
-        return False
-    if not isinstance(update, LowRank):
-        return not _finite_delta(update, info)
-    rows = float(torch.linalg.vector_norm(update.B.double(), dim=1).max())
-    columns = float(torch.linalg.vector_norm(update.A.double(), dim=0).max())
-    scaling = abs(update.scaling)
-    if rows * columns * max(1.0, scaling) < _FP32_LARGEST / 2 and scaling < _FP32_LARGEST:
-        return False
-    return not _finite_delta(update, info)
-
-
-def _finite_delta(update: Update, info: TensorInfo) -> bool:
-    return all(
-        bool(torch.isfinite(update.delta(start, stop)).all())
-        for start, stop in row_blocks(info, _BLOCK_ELEMENTS)
-    )
 
 
 def _plain(value: Any) -> Any:

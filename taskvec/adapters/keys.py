@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from taskvec.cli import UserError
-from taskvec.tensorfile import TensorInfo
+from taskvec.header import TensorInfo
 
 PREFIX = "base_model.model."
 

@@ -12,8 +12,9 @@ import torch
 
 from taskvec.checkpoint import Checkpoint
 from taskvec.cli import UserError
+from taskvec.header import TensorInfo
 from taskvec.names import Piece
-from taskvec.tensorfile import TensorFile, TensorInfo
+from taskvec.tensorfile import TensorFile
 from taskvec.update import Update
 from taskvec.updates.dora import Dora
 from taskvec.updates.products import Experts, LowRank

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from taskvec.patterns import Matcher
+from taskvec.adapters.patterns import Matcher
 
 _FIRST_LAYER = r".*?\.[^.]*\.(?P<index>\d+)\."
 

@@ -1,6 +1,6 @@
 """What can be wrong with a LoRA adapter by itself: every problem of a kind is listed.
 
-What does not fit a base is in `taskvec.adapter_fit`. A problem is an error exactly where
+What does not fit a base is in `taskvec.adapters.fit`. A problem is an error exactly where
 `taskvec.adapter` refuses to merge; what merges, but perhaps not as meant, is a warning.
 """
 
@@ -10,10 +10,10 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from taskvec.adapter_keys import WHOLE, factor_of, key_of
+from taskvec.adapters.config import LoraConfig, refusals
+from taskvec.adapters.keys import WHOLE, factor_of, key_of
 from taskvec.cli import UserError
-from taskvec.lora_config import LoraConfig, refusals
-from taskvec.tensorfile import TensorInfo
+from taskvec.header import TensorInfo
 
 ERROR, WARNING = "error", "warning"
 

@@ -116,7 +116,7 @@ def validation_page(
     """validation_report.html.
 
     Args:
-        document: validation_summary.json (`taskvec.validation.document`).
+        document: validation_summary.json (`taskvec.reports.validation.document`).
         comparisons: comparison_results.json by the labels of ``document["precisions"]``.
         images: the PNG of each of ``document["figures"]``.
     """

@@ -11,11 +11,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from taskvec.adapter_keys import TOKENS, A, B, Group
+from taskvec.adapters.config import LoraConfig
+from taskvec.adapters.keys import TOKENS, A, B, Group
 from taskvec.checkpoint import Checkpoint
 from taskvec.cli import UserError
-from taskvec.lora_config import LoraConfig
-from taskvec.tensorfile import TensorFile, TensorInfo
+from taskvec.header import TensorInfo
+from taskvec.tensorfile import TensorFile
 from taskvec.ties import tied_to, untie
 
 _HEAD = "lm_head.weight"  # what a tied head is called where the adapter does not say

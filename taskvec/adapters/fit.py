@@ -6,12 +6,12 @@ import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from taskvec.adapter_problems import ERROR, WARNING, Factors, Problem, dtype_name, grouped
+from taskvec.adapters.config import LoraConfig
+from taskvec.adapters.problems import ERROR, WARNING, Factors, Problem, dtype_name, grouped
+from taskvec.adapters.targets import TargetRule
 from taskvec.architecture import fold_numbers, layer_split, template
 from taskvec.checkpoint import Checkpoint
 from taskvec.cli import UserError
-from taskvec.lora_config import LoraConfig
-from taskvec.targets import TargetRule
 
 _MOST_NEAREST = 50  # so that a file of nothing but strange names does not take hours
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
 import torch
 
-from taskvec.adapter_keys import BIAS, MAGNITUDE, TOKENS, A, B, Group, grouped_keys
-from taskvec.adapter_parts import (
+from taskvec.adapters.config import LoraConfig
+from taskvec.adapters.keys import BIAS, MAGNITUDE, TOKENS, A, B, Group, grouped_keys
+from taskvec.adapters.parts import (
     BiasPart,
     ExpertPart,
     ExpertsPart,
@@ -18,19 +18,19 @@ from taskvec.adapter_parts import (
     ReplacementPart,
     TokensPart,
 )
-from taskvec.adapter_promises import (
+from taskvec.adapters.places import Places
+from taskvec.adapters.promises import (
     check_promises,
     check_saved,
     checked_magnitude,
     checked_scaling,
 )
-from taskvec.adapter_ties import settle_ties
+from taskvec.adapters.ties import settle_ties
 from taskvec.checkpoint import Checkpoint
 from taskvec.cli import UserError
-from taskvec.conversions import conversion_of
-from taskvec.lora_config import LoraConfig
-from taskvec.names import Piece, is_expert, pieces, renaming
-from taskvec.tensorfile import TensorFile, TensorInfo, row_blocks
+from taskvec.header import TensorInfo
+from taskvec.names import Piece
+from taskvec.tensorfile import TensorFile, row_blocks
 from taskvec.ties import tied_to
 
 _COMPARED_ELEMENTS = 1 << 20
@@ -59,6 +59,7 @@ class _Binding:
 
     Attributes:
         parts: what has been found.
+        places: the base, by the names that the adapter has for its parameters.
     """
 
     def __init__(
@@ -78,24 +79,10 @@ class _Binding:
             and not tied_to(base, f"{group.module}.weight")
         ]
         named = [name for group in groups for name in config.parameters_of(group.module)]
-        self._rename = renaming(own, base, named)
-        self._pieces = pieces(base)
-        self._refuse_if_strange([*own, *named])
-        settle_ties(file, config, base, groups, whole, self._rename)
+        self.places = Places(file.path, base, own, named)
+        settle_ties(file, config, base, groups, whole, self.places.rename)
         self._squares: list[tuple[str, LowRankPart]] = []
         self._shown: dict[str, bool] = {}
-
-    def _refuse_if_strange(self, adapted: Sequence[str]) -> None:
-        """An adapter of which nothing is found has names of its own, or is of another model."""
-        found = any(
-            self._shape(name) is not None for each in adapted for name in (each, f"{each}.weight")
-        )
-        if adapted and not found:
-            raise UserError(
-                f"{self.file.path}: adapts {adapted[0]}, which {self.base.source} has not got, nor "
-                "any other that it adapts; give the base that it was trained on, and if it is that "
-                "one, load it in transformers and save it with save_original_format=False"
-            )
 
     # -- one wrapper of one module ---------------------------------------------------
 
@@ -126,7 +113,7 @@ class _Binding:
 
     def _add_to_module(self, group: Group) -> None:
         """LoRA on a linear layer, GPT-2's Conv1D, an embedding or a convolution."""
-        name, info = self._find(f"{group.module}.weight", group.module)
+        name, info = self.places.find(f"{group.module}.weight", group.module)
         scaling = checked_scaling(self.file, self.config, group, group.module, 1)
         factors = group.tensors[A], group.tensors[B]
         magnitude = checked_magnitude(self.file, self.config, group)
@@ -135,11 +122,11 @@ class _Binding:
             *factors,
             scaling,
             transposed=group.embedding,
-            rounds_delta=group.embedding or self.config.rounds_delta or self._is_fused(name),
+            rounds_delta=group.embedding or self.config.rounds_delta or self.places.is_fused(name),
             magnitude=magnitude,
         )
         if len(info.shape) > 2:
-            self._check_convolution(group, name, info)
+            self.places.check_convolution(group, name, info)
             part = dataclasses.replace(part, stored=info.shape)
         elif any(len(factor.shape) != 2 for factor in factors):
             raise UserError(
@@ -147,11 +134,11 @@ class _Binding:
                 f"{factors[1].shape} are no factors of a matrix, as {name} in {self.base.source} is"
             )
         elif group.embedding:
-            self._check_shape(group, name, info, (factors[0].shape[1], factors[1].shape[0]))
+            self.places.check_shape(group, name, info, (factors[0].shape[1], factors[1].shape[0]))
         else:
             out, into = factors[1].shape[0], factors[0].shape[1]
             if info.shape not in ((out, into), (into, out)):
-                self._refuse_shape(group, name, info, (out, into))
+                self.places.refuse_shape(group, name, info, (out, into))
             if out == into:
                 self._squares.append((name, part))
                 self._add(name, part)
@@ -162,20 +149,10 @@ class _Binding:
         self._add(name, part)
         self._add_bias(group, scaling)
 
-    def _is_fused(self, name: str) -> bool:
-        """Whether PEFT adapts this module's weight as a parameter, since transformers 5 fuses it.
-
-        That holds for experts, and for the router beside them.
-        """
-        experts = conversion_of(self.base.config()).experts
-        return is_expert(self.base, name) or (
-            experts is not None and name.endswith((".mlp.gate.weight", "_moe.gate.weight"))
-        )
-
     def _add_to_parameter(self, group: Group, named: Sequence[str]) -> None:
         """LoRA on a parameter that target_parameters names: a matrix, or a stack of them."""
-        fits = [name for name in named if self._fits(group, self._rename(name))]
-        missing = [name for name in named if self._shape(name) is None]
+        fits = [name for name in named if self.places.fits(group, self.places.rename(name))]
+        missing = [name for name in named if self.places.shape(name) is None]
         if len(missing) == len(named):
             raise UserError(
                 f"{self.file.path}: adapts {' and '.join(named)}, which {self.base.source} has not "
@@ -183,15 +160,15 @@ class _Binding:
             )
         if len(fits) != 1:
             shapes = f"lora_A {group.tensors[A].shape} and lora_B {group.tensors[B].shape}"
-            choice = " and ".join(f"{n} {self._shape(n)}" for n in fits or named)
+            choice = " and ".join(f"{n} {self.places.shape(n)}" for n in fits or named)
             raise UserError(
                 f"{self.file.path}: {group.module}: {shapes} fit "
                 f"{'both' if fits else 'none of'} {choice}, so it is not known what they adapt"
             )
-        if apart := self._pieces.get(self._rename(fits[0])):
+        if apart := self.places.pieces.get(self.places.rename(fits[0])):
             self._add_to_pieces(group, fits[0], apart)
             return
-        name, info = self._find(fits[0], fits[0])
+        name, info = self.places.find(fits[0], fits[0])
         experts = info.shape[0] if len(info.shape) == 3 else 1
         scaling = checked_scaling(self.file, self.config, group, fits[0], experts)
         self._refuse_extras(group, fits[0])
@@ -200,7 +177,7 @@ class _Binding:
             stored = info.shape if len(info.shape) == 3 else None
             part: Part = LowRankPart(self.file, *factors, scaling, False, stored, rounds_delta=True)
         else:
-            transposed = self._is_transposed(group, name, info)
+            transposed = self.places.is_transposed(group, name, info)
             part = ExpertsPart(self.file, *factors, scaling, experts, transposed)
         self._add(name, part)
 
@@ -212,9 +189,9 @@ class _Binding:
         factors = group.tensors[A], group.tensors[B]
         whole = ExpertsPart(self.file, *factors, scaling, experts, transposed=False)
         for piece in apart:
-            name, info = self._find(piece.name, piece.name)
+            name, info = self.places.find(piece.name, piece.name)
             rows, columns = factors[1].shape[0] // piece.parts, factors[0].shape[1]
-            self._check_shape(group, name, info, (rows, columns))
+            self.places.check_shape(group, name, info, (rows, columns))
             self._add(name, ExpertPart(whole, piece))
 
     def _refuse_extras(self, group: Group, parameter: str) -> None:
@@ -223,28 +200,12 @@ class _Binding:
                 f"{self.file.path}: {parameter}: PEFT has no bias or DoRA for parameters"
             )
 
-    def _is_transposed(self, group: Group, name: str, info: TensorInfo) -> bool:
-        """Whether a stack's matrices are stored (in, out); the shape of a square one cannot say."""
-        into, out = group.tensors[A].shape[1], group.tensors[B].shape[0]
-        if into != out:
-            return info.shape[1:] == (into, out)
-        kind = self.base.config().get("model_type")
-        if kind in _TRANSPOSED_EXPERTS:
-            return True
-        if kind in _EXPERTS_BY_OUTPUT or conversion_of(self.base.config()).experts:
-            return False
-        raise UserError(
-            f"{self.file.path}: {name} in {self.base.source} holds square matrices {info.shape}, "
-            f"and whether a {kind} stores them (out, in) is not known; merge it with PEFT's "
-            "merge_and_unload()"
-        )
-
     def _add_tokens(self, group: Group) -> None:
         """Rows of an embedding, or of the head."""
         rows = group.tensors.pop(TOKENS)
         if group.tensors:
             raise UserError(f"{self.file.path}: {group.module} has both LoRA and trainable tokens")
-        name, info = self._find(f"{group.module}.weight", group.module)
+        name, info = self.places.find(f"{group.module}.weight", group.module)
         tokens = self.config.tokens(group.module)
         if (len(tokens), *info.shape[1:]) != rows.shape:
             raise UserError(
@@ -271,20 +232,20 @@ class _Binding:
             )
         if bias is None:
             return
-        name, info = self._find(f"{group.module}.bias", f"{group.module}.bias")
-        self._check_shape(group, name, info, bias.shape)
+        name, info = self.places.find(f"{group.module}.bias", f"{group.module}.bias")
+        self.places.check_shape(group, name, info, bias.shape)
         self._add(name, BiasPart(self.file, bias, scaling))
 
     # -- whole tensors ----------------------------------------------------------------
 
     def add_whole(self, parameter: str, info: TensorInfo) -> None:
-        if self._rename(parameter) not in self.base.tensors:
+        if self.places.rename(parameter) not in self.base.tensors:
             raise UserError(
                 f"{info.path}: replaces {parameter}, which {self.base.source} has not got; load "
                 "the base in transformers with the head that was trained (AutoModelFor...), save "
                 "it, and merge into that"
             )
-        name, found = self._find(parameter, parameter)
+        name, found = self.places.find(parameter, parameter)
         if found.shape != info.shape:
             raise UserError(
                 f"{info.path}: {info.name} is {info.shape}, but {name} in {self.base.source} is "
@@ -317,76 +278,14 @@ class _Binding:
 
     def check_saved(self, whole: dict[str, TensorInfo]) -> None:
         """Modules of the base that modules_to_save names must be in the file, all of them."""
-        held = {self._rename(name) for name in whole}
+        held = {self.places.rename(name) for name in whole}
         check_saved(self.file, self.config, self.base, held)
-
-    # -- checks -----------------------------------------------------------------------
-
-    def _find(self, parameter: str, adapted: str) -> tuple[str, TensorInfo]:
-        """The base's name for a parameter, and where it lies."""
-        name = self._rename(parameter)
-        info = self.base.tensors.get(name)
-        if info is None and is_expert(self.base, parameter):
-            raise UserError(
-                f"{self.file.path}: adapts {adapted}, but {self.base.source} lacks it, or has its "
-                "experts fused where the adapter has them one by one; use the base as it was "
-                "published"
-            )
-        if info is None:
-            raise UserError(
-                f"{self.file.path}: adapts {adapted}, which {self.base.source} has not got"
-            )
-        if not info.is_float:
-            raise UserError(f"{self.base.source}: {name} is {info.dtype}, not a float")
-        return name, info
 
     def _add(self, name: str, part: Part) -> None:
         if name in self.parts:
             other = self.parts[name][0].source.name
             raise UserError(f"{self.file.path}: {part.source.name} and {other} both change {name}")
         self.parts[name] = [part]
-
-    def _check_convolution(self, group: Group, name: str, info: TensorInfo) -> None:
-        """A is a convolution of the same kernel to r channels, B one of kernel 1 from these."""
-        found_A, found_B = group.tensors[A].shape, group.tensors[B].shape
-        shape = (found_B[0], *found_A[1:])
-        if info.shape != shape or math.prod(found_B[2:]) != 1:
-            self._refuse_shape(group, name, info, shape)
-
-    def _check_shape(
-        self, group: Group, name: str, info: TensorInfo, shape: tuple[int, ...]
-    ) -> None:
-        if info.shape != shape:
-            self._refuse_shape(group, name, info, shape)
-
-    def _refuse_shape(
-        self, group: Group, name: str, info: TensorInfo, shape: tuple[int, ...]
-    ) -> None:
-        raise UserError(
-            f"{self.file.path}: {group.module}: B @ A is {shape}, but {name} in "
-            f"{self.base.source} is {info.shape}"
-        )
-
-    def _fits(self, group: Group, name: str) -> bool:
-        """Whether a pair has the shape of a parameter or of the matrices stacked in it."""
-        shape = self._shape(name)
-        if shape is None:
-            return False
-        into, out = group.tensors[A].shape[1], group.tensors[B].shape[0]
-        if len(shape) == 3 and shape[0] > 1:
-            return {into, out} == set(shape[1:]) and into + out == sum(shape[1:])
-        return shape[-2:] == (out, into)
-
-    def _shape(self, parameter: str) -> tuple[int, ...] | None:
-        """A parameter's shape in memory; None if the base has not got it."""
-        name = self._rename(parameter)
-        if name in self.base.tensors:
-            return self.base.tensors[name].shape
-        apart = self._pieces.get(name)
-        if not apart:
-            return None
-        parts, (rows, *rest) = apart[0].parts, self.base.tensors[apart[0].name].shape
-        return (len(apart) // parts, parts * rows, *rest)
 
     # -- orientation of square weights ---------------------------------------------------
 
@@ -410,8 +309,3 @@ class _Binding:
             place = self.parts[name].index(part)
             self.parts[name][place] = dataclasses.replace(part, transposed=flag)
         return self.parts
-
-
-# How transformers stores a stack of experts: its modules' ``is_transposed``.
-_TRANSPOSED_EXPERTS = ("gpt_oss", "llama4", "llama4_text")
-_EXPERTS_BY_OUTPUT = ("granitemoe",)

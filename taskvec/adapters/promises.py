@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 
-from taskvec.adapter_keys import MAGNITUDE, TOKENS, A, B, Group
+from taskvec.adapters.config import LoraConfig
+from taskvec.adapters.keys import MAGNITUDE, TOKENS, A, B, Group
 from taskvec.checkpoint import Checkpoint
 from taskvec.cli import UserError
-from taskvec.lora_config import LoraConfig
-from taskvec.tensorfile import TensorFile, TensorInfo
+from taskvec.header import TensorInfo
+from taskvec.tensorfile import TensorFile
 
 
 def check_promises(

@@ -13,11 +13,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from taskvec.adapters.files import CONFIG_FILE
+from taskvec.adapters.patterns import Matcher
 from taskvec.checkpoint import named_adapters, read_json_object
 from taskvec.cli import UserError
-from taskvec.patterns import Matcher
-
-CONFIG_FILE = "adapter_config.json"
 
 # Configuration keys that make something else of B @ A, and why they are refused.
 _REFUSED_FLAGS = {

@@ -1,0 +1,1 @@
+"""What a comparison and a validation found: as JSON, as text, as an HTML page."""
