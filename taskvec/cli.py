@@ -235,19 +235,19 @@ def run(
 def notice(message: str) -> None:
     """A remark for the person watching: to stderr, silenced by ``--quiet``."""
     if not _quiet and processes.is_main():
-        print(_printable(message), file=sys.stderr, flush=True)
+        print(printable(message), file=sys.stderr, flush=True)
 
 
 def result(message: str = "") -> None:
     """A result line: to stdout, always."""
     if processes.is_main():
-        print(_printable(message), flush=True)
+        print(printable(message), flush=True)
 
 
 def detail(message: str = "") -> None:
     """A line on stdout that ``--quiet`` leaves out."""
     if not _quiet and processes.is_main():
-        print(_printable(message), flush=True)
+        print(printable(message), flush=True)
 
 
 def progress(total: int, description: str, unit: str = "B") -> tqdm[Any]:
@@ -327,14 +327,14 @@ def _import_torch() -> None:
 def _fail(parser: argparse.ArgumentParser, message: str, *, always: bool = False) -> int:
     if not (always or processes.is_main()):
         return EXIT_BAD_INPUT
-    one_line = _printable(" ".join(message.split()))
+    one_line = printable(" ".join(message.split()))
     if len(one_line) > _LONGEST_MESSAGE:
         one_line = f"{one_line[: _LONGEST_MESSAGE // 2]} ... {one_line[-_LONGEST_MESSAGE // 2 :]}"
     print(f"{parser.prog}: error: {one_line}", file=sys.stderr, flush=True)
     return EXIT_BAD_INPUT
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Names come out of files that anybody may have made: no control codes to the terminal."""
     if text.isprintable():
         return text

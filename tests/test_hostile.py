@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import warnings
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -202,9 +204,12 @@ def test_names_print_no_control_codes(sandbox, capsys):
     (sandbox.home / "lora").rename(sandbox.home / "unused")
     base = str(sandbox.home / "base")
     main = importlib.import_module("visualize_model_structure").main
-    assert main(["--base_model", base, "--output_dir", str(sandbox.out)]) == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # matplotlib's show what it has no letter for
+        assert main(["--base_model", base, "--output_dir", str(sandbox.out)]) == 0
     shown = capsys.readouterr().out
     assert "?[31mb?.weight" in shown and "\x1b" not in shown
+    ElementTree.parse(sandbox.out / "model_structure.svg")  # where it would be no XML
 
 
 @pytest.mark.parametrize("architectures", [5, {"a": 1}, [[]], "x", [None], True])

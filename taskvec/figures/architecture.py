@@ -6,6 +6,7 @@ on the right. What an adapter changes differs from the rest in colour, in shape 
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from taskvec.architecture import fold_numbers
+from taskvec.cli import printable
 from taskvec.figures.style import (
     HATCH,
     LIGHT_PURPLE,
@@ -94,7 +96,9 @@ def model_structure(document: dict[str, Any], paths: Sequence[Path]) -> Figure:
     _draw_legend(page, document)
     for path in paths:
         if path.suffix == ".svg":
-            page.figure.savefig(path, format="svg", metadata={"Date": None})
+            drawn = io.StringIO()
+            page.figure.savefig(drawn, format="svg", metadata={"Date": None})
+            path.write_text(printable(drawn.getvalue()), encoding="utf-8")
         else:
             page.save(path)
     return page.figure

@@ -25,6 +25,7 @@ from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
+from taskvec.cli import printable
 from taskvec.wording import percent
 
 # Purple and red differ in lightness too, and are told apart with every kind of colour blindness.
@@ -139,7 +140,7 @@ class Page:
     def text(self, x: float, y: float, text: str, **options: Any) -> None:
         """Text at a place in inches from the page's lower left corner."""
         page_width, page_height = self.figure.get_size_inches()
-        self.figure.text(x / page_width, y / page_height, text, **options)
+        self.figure.text(x / page_width, y / page_height, printable(text), **options)
 
     def save(self, path: Path) -> Figure:
         """Write the figure as PNG; the same document gives the same bytes."""
@@ -160,7 +161,7 @@ def text_width(text: str, size: float, *, bold: bool = False) -> float:
     face = FontProperties(family="DejaVu Sans", weight="bold" if bold else "normal")
     font = get_font(findfont(face))
     font.set_size(size, 72)
-    font.set_text(text, 0.0)
+    font.set_text(printable(text), 0.0)
     return float(font.get_width_height()[0]) / 64 / 72
 
 
