@@ -139,7 +139,8 @@ def test_a_failing_command_is_reported_with_its_last_words(tmp_path):
 
 
 def test_ctrl_c_ends_the_command_that_is_being_measured(tmp_path):
-    program = (
+    program = (  # which heeds Ctrl-C even where a shell has started all this in the background
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
         "import sys, pathlib; sys.path.insert(0, sys.argv[1]);"
         "from benchmarks.measure import measure;"
         "child = 'import os, time, pathlib;"

@@ -239,8 +239,9 @@ def test_the_error_is_eckart_and_youngs_to_a_percent(tmp_path, shape, rank):
     generator = torch.Generator().manual_seed(9)
     matrix = torch.randn(*shape, generator=generator)
     matrix *= torch.linspace(0.1, 1, shape[1])
-    save_file({"layers.0.w.weight": matrix}, tmp_path / "task_vector.safetensors", {"format": "pt"})
-    found = to_lora(tmp_path / "lora", task_vector=tmp_path, rank=rank)
+    file = tmp_path / "task_vector.safetensors"
+    save_file({"layers.0.w.weight": matrix}, file, {"format": "pt"})
+    found = to_lora(tmp_path / "lora", task_vector=file, rank=rank)
     values = np.linalg.svd(matrix.numpy().astype(np.float64), compute_uv=False)
     optimum = np.sqrt((values[rank:] ** 2).sum() / (values**2).sum())
     entry = found["parameters"]["layers.0.w.weight"]
