@@ -15,7 +15,7 @@ from taskvec.certificate import Block, ParameterCertificate
 from taskvec.checkpoint import Checkpoint
 from taskvec.cli import UserError
 from taskvec.recipes import differing
-from taskvec.rounding import NARROW_FORMATS, Format, subtract_rows
+from taskvec.rounding import NARROW_FORMATS, Format, all_finite, subtract_rows
 from taskvec.taskvector import TaskVector
 from taskvec.tensorfile import row_blocks, to_device
 from taskvec.update import Update
@@ -226,7 +226,7 @@ def compare_parameter(
         for block in read_blocks(base, vector, name, device):
             # What fp32 cannot hold is infinite in every sum of the merge.
             stored = block.base.float() if block.base.dtype is torch.float64 else block.base
-            if not math.isfinite(float(stored.sum(dtype=torch.float64))):
+            if not all_finite(stored):
                 raise UserError(f"{info.path}: {name}: holds NaN or infinity, in fp32 at least")
             delta = update.exact(block.start, block.stop)
             wide = block.task_vector.double()

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-import math
 import re
 import shutil
 from collections.abc import Callable, Sequence
@@ -24,7 +23,7 @@ from taskvec.cli import UserError, notice
 from taskvec.conversions import stays_in_fp32
 from taskvec.header import TensorInfo
 from taskvec.output import write_json
-from taskvec.rounding import FP16, FP32, Format
+from taskvec.rounding import FP16, FP32, Format, all_finite
 from taskvec.tensorfile import TensorFileWriter, row_blocks
 from taskvec.ties import untied
 from taskvec.workers import for_each
@@ -183,15 +182,13 @@ def _write_tensor(
 def _refuse_overflow(
     info: TensorInfo, base: torch.Tensor, new: torch.Tensor, format: Format
 ) -> None:
-    if not new.is_floating_point() or math.isfinite(float(new.sum(dtype=torch.float32))):
-        return  # one NaN or infinity would have made the sum one
-    finite = torch.isfinite(new)
-    if bool(finite.all()):
+    if not new.is_floating_point() or all_finite(new):
         return
-    if bool(torch.isfinite(base).all()):
+    if all_finite(base):
         advice = "use --precision bf16 or fp32" if format is FP16 else "check the adapter's scaling"
+        beyond = int((~torch.isfinite(new)).sum())
         raise UserError(
-            f"{info.name}: {int((~finite).sum())} values overflow {format.name}, whose largest is "
+            f"{info.name}: {beyond} values overflow {format.name}, whose largest is "
             f"{format.largest:g}; {advice}"
         )
     raise UserError(f"{info.path}: {info.name}: holds NaN or infinity")

@@ -14,6 +14,7 @@ import torch
 
 from taskvec.cli import UserError
 from taskvec.header import TensorInfo
+from taskvec.rounding import all_finite
 from taskvec.taskvector import StoredTaskVector, open_task_vector
 from taskvec.tensorfile import row_blocks
 
@@ -87,7 +88,7 @@ def read_rows(
         return torch.zeros(shape, device=device)
     rows = vector.file.read(vector.tensors[info.name], start, stop)
     rows = rows.to(device, torch.float32)
-    if not bool(torch.isfinite(rows.sum(dtype=torch.float64))):
+    if not all_finite(rows):
         raise UserError(f"{vector.file.path}: {info.name}: holds NaN or infinity")
     return rows
 
