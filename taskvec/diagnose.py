@@ -41,7 +41,7 @@ def diagnose(
 
     Returns:
         causes, the one that explains most parameters first; empty for a merge that holds. Their
-        names: nothing_merged, some_modules_not_merged, scaled, transposed, misplaced,
+        names: nothing_merged, some_modules_not_merged, scaled, transposed, misplaced, tied,
         merged_and_unmerged, lower_precision_base, lower_precision_adapter, wrong_base,
         other_adapter, additional_adapter, further_training, corrupted, overflow, unknown.
     """

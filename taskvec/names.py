@@ -17,7 +17,7 @@ from taskvec.checkpoint import Checkpoint
 from taskvec.cli import UserError, notice
 from taskvec.conversions import Conversion, Key, conversion_of
 from taskvec.header import TensorInfo
-from taskvec.ties import tied_to, untie
+from taskvec.ties import tied_to, untie, untied
 
 Rule = tuple[str, str]
 
@@ -131,7 +131,7 @@ def aligned(base: Checkpoint, other: Checkpoint, *, partly: bool = False) -> Che
 
     Its tensors are those of the base in the base's order, except for buffers that it leaves out. A
     head that is tied in the base and has weights of its own in the other model becomes a parameter
-    of the base. What is left out is said on stderr.
+    of the base; one that an adapter untied, of the other model. What is left out is said on stderr.
 
     Args:
         partly: the other one may leave out any tensor, as a task vector file does.
@@ -142,6 +142,9 @@ def aligned(base: Checkpoint, other: Checkpoint, *, partly: bool = False) -> Che
     """
     for model in (base, other):
         model.refuse_quantised()
+    for name in untied(base):
+        if untie(other, name):
+            notice(f"{other.source}: {name} is tied there, and has weights of its own here.")
     conversion = conversion_of(base.config() or other.config())
     others = _under_base_keys(by_key(base, conversion), by_key(other, conversion))
     _untie_heads(base, others)

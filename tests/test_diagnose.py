@@ -96,6 +96,25 @@ def test_a_base_that_was_stored_again_in_two_formats(lab):
     assert set(cause["evidence"]["parameters"]) == set(here.names)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_head_merged_into_the_embedding_that_it_is_tied_to(tiny, tmp_path, dtype):
+    """As PEFT does it: one memory for both, so that the embedding changes too."""
+    base = tiny.base("starcoder2")
+    lora = tiny.adapter(base, target_modules=["q_proj", "lm_head"])
+    peft_merge(base, lora, dtype).save_pretrained(tmp_path / "merged")
+    found = compare_lora_task_vector.compare(
+        str(base),
+        str(lora),
+        tmp_path / "comparison",
+        finetuned_model=str(tmp_path / "merged"),
+        generate_plots=False,
+    )
+    assert found.summary["certificate"]["verdict"] == "incomplete"
+    (cause,) = found.summary["certificate"]["diagnosis"]
+    assert cause["cause"] == "tied"
+    assert "lm_head.weight was added to model.embed_tokens.weight as well" in cause["sentence"]
+
+
 @everywhere
 def test_one_kind_of_module_left_out(lab, family, precision, extracted):
     here = lab(family, precision)

@@ -46,6 +46,7 @@ def simple_causes(findings: Findings, adapter: Adapter) -> list[Cause]:
         *_lower_precision_adapter(findings),
         *_transposed(findings),
         *_misplaced(findings),
+        *_shared(findings),
         *_unmerged_again(findings),
         *_scaled(findings, adapter),
         *_damaged(findings),
@@ -230,6 +231,20 @@ def _misplaced(findings: Findings) -> list[Cause]:
     sentence += f", and {len(names) - 1} more are mixed up." if names[1:] else "."
     evidence = {"parameters": names, "update_of": findings.misplaced}
     return [Cause("misplaced", sentence, evidence, len(names))]
+
+
+def _shared(findings: Findings) -> list[Cause]:
+    return [
+        Cause(
+            "tied",
+            f"The update of {source} was added to {name} as well: the two are tied, and a merge in "
+            "place, such as PEFT's, changes the memory that they share. merge_lora.py gives the "
+            "head weights of its own.",
+            {"parameters": [name], "update_of": {name: source}},
+            1,
+        )
+        for name, source in findings.shared.items()
+    ]
 
 
 def marginal_cause(findings: Findings) -> Cause:

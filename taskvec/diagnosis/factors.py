@@ -192,18 +192,37 @@ def _factor_tests(
 
 def misplaced_from(case: Case, result: ParameterResult, comparison: Comparison) -> str | None:
     """The adapted parameter of the same shape whose update T is, within rounding."""
-    certificate, stored = comparison.certificate, case.base.tensors[result.name].dtype
-    probe = case.probe(result.name, worst_row(comparison))
+    format, row = comparison.certificate.format, worst_row(comparison)
     for source in case.adapter.parameters:
-        update = case.update(source)
-        if source == result.name or update.shape != result.shape:
-            continue
-        test = FactorTest(update, certificate.format, stored, certificate.base_format)
-        if not (test.add(probe) and test.holds and test.allows(1.0)):
-            continue
-        if all(test.add(block) for block in case.blocks(result.name)) and test.allows(1.0):
+        if source != result.name and _is_update_of(case, result, source, format, row):
             return source
     return None
+
+
+def shared_with(case: Case, result: ParameterResult) -> str | None:
+    """The adapted parameter whose update T is, of those that are tied to this one in the base."""
+    place = case.base.tensors[result.name]
+    for source in case.adapter.parameters:
+        tied = case.base.tensors[source]
+        if (tied.path, tied.offset) == (place.path, place.offset) and _is_update_of(
+            case, result, source, case.format_of(result.name), 0
+        ):
+            return source
+    return None
+
+
+def _is_update_of(
+    case: Case, result: ParameterResult, source: str, format: Format, row: int
+) -> bool:
+    """Whether T is another parameter's update; the block with ``row`` is looked at first."""
+    update = case.update(source)
+    if update.shape != result.shape:
+        return False
+    stored = case.base.tensors[result.name].dtype
+    test = FactorTest(update, format, stored, case.vector.base_format)
+    if not (test.add(case.probe(result.name, row)) and test.holds and test.allows(1.0)):
+        return False
+    return all(test.add(block) for block in case.blocks(result.name)) and test.allows(1.0)
 
 
 def _size_of(target: torch.Tensor, delta: torch.Tensor) -> float:

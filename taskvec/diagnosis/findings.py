@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from taskvec.compare import UNEXPLAINED, Comparison, ParameterResult
 from taskvec.diagnosis.case import Case, unmerged_as
-from taskvec.diagnosis.factors import FactorTest, factor_test, misplaced_from
+from taskvec.diagnosis.factors import FactorTest, factor_test, misplaced_from, shared_with
 from taskvec.diagnosis.merges import Agreement, best_merge
 from taskvec.diagnosis.outliers import (
     Outliers,
@@ -36,6 +36,7 @@ class Findings:
         merges: adapted parameters that a wrong merge reproduces.
         factors: adapted parameters that are base + c * delta within rounding.
         misplaced: adapted parameters that got the update of another one, and whose.
+        shared: unadapted parameters that got the update of one that they are tied to, and which.
         marginal: adapted parameters with a few elements just outside their bounds.
         rounded: unadapted parameters that were rounded more than once, and to what.
         overflow, damage: elements that stand out.
@@ -49,6 +50,7 @@ class Findings:
     merges: dict[str, Agreement] = field(default_factory=dict)
     factors: dict[str, FactorTest] = field(default_factory=dict)
     misplaced: dict[str, str] = field(default_factory=dict)
+    shared: dict[str, str] = field(default_factory=dict)
     marginal: list[ParameterResult] = field(default_factory=list)
     rounded: dict[str, tuple[Format, ...]] = field(default_factory=dict)
     overflow: list[Outliers] = field(default_factory=list)
@@ -154,5 +156,7 @@ def _examine_unadapted(case: Case, result: ParameterResult, findings: Findings) 
     outliers = damage_of_unadapted(case, result.name)
     if outliers.few or outliers.together:
         findings.damage += [outliers] if outliers.count else []
+    elif source := shared_with(case, result):
+        findings.shared[result.name] = source
     else:
         findings.changed.append(result)
