@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -126,9 +125,9 @@ class ParameterCertificate:
         self.ulp_histogram = torch.zeros(ULP_BINS + 1, dtype=torch.int64)
         self.bound_histogram = torch.zeros(ULP_BINS + 1, dtype=torch.int64)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """What was found is what another process is told, not the adapter's factors."""
-        return {**self.__dict__, "update": None}
+    def conclude(self) -> None:
+        """Let go of the adapter's factors once all blocks were seen: only what was found stays."""
+        del self.update, self.search.update
 
     @property
     def tally(self) -> FamilyTally:

@@ -237,6 +237,7 @@ def compare_parameter(
             sums.add(block.task_vector, delta, wide, difference)
         else:
             break
+    certificate.conclude()
     kind = UNEXPLAINED if certificate.violations else LORA
     if kind == UNEXPLAINED and not magnitude.nonzero:
         kind = UNCHANGED

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -70,10 +70,6 @@ class RecipeSearch:
         self.update, self.format, self.elements = update, format, elements
         self.tallies = _distinct_recipes(update, format, stored)
         self._order_changes = self._format_changes = self._sampled = 0
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What was found is what another process is told, not the adapter's factors."""
-        return {**self.__dict__, "update": None}
 
     @property
     def best(self) -> RecipeTally:
