@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from taskvec.recipes import RecipeSearch, RecipeTally, differing
+from taskvec.difference import Difference, count_differing, count_nonzero, differing
+from taskvec.recipes import RecipeSearch, RecipeTally
 from taskvec.rounding import (
     FP32,
     RECIPES,
@@ -33,7 +34,7 @@ from taskvec.rounding import (
 from taskvec.update import Update
 
 ULP_BINS, ULP_RANGE = 120, 3.0  # histograms of |T - delta| and of its bound, in ulps of M
-HISTOGRAM_ELEMENTS = 1 << 20  # of each parameter, in evenly spaced blocks
+HISTOGRAM_ELEMENTS = 1 << 18  # of each parameter, in evenly spaced blocks
 
 
 @dataclass(frozen=True)
@@ -160,31 +161,30 @@ class ParameterCertificate:
         return self.search.isolated
 
     def add(
-        self, block: Block, delta: torch.Tensor, difference: torch.Tensor | None = None
+        self, block: Block, delta: torch.Tensor, difference: Difference | None = None
     ) -> bool:
         """Take one block into account.
 
         Args:
             block: the rows.
             delta: the same rows of the update in float64.
-            difference: the same rows of T - delta in float64, where they are at hand.
+            difference: of the two, where it is at hand.
 
         Returns:
             False if these rows cannot have been stored in ``format``, whatever was merged.
         """
         if not delta.numel():
             return True
-        finite, finite_delta = self._set_non_finite_aside(block, delta)
+        difference = difference or Difference(block.task_vector, delta)
+        finite = self._set_non_finite_aside(block, delta, difference)
         merged = self._merged(finite)
         if merged is None:
             return False
         sampled = self._is_sampled(delta.numel())
         self.search.add(block, delta, sampled=sampled)
-        self._count_lost(finite, finite_delta)
-        if difference is None or finite is not block:
-            difference = finite.task_vector.double().sub_(finite_delta)
-        error = difference.float().abs_()
-        bound = self._check_bounds(finite, finite_delta, merged, error)
+        self._count_lost(finite, difference)
+        error = difference.error.float()
+        bound = self._check_bounds(finite, difference, merged, error)
         if sampled:
             half = half_ulp(merged, self.format)
             self.ulp_histogram += _histogram(error.div_(half))
@@ -199,21 +199,18 @@ class ParameterCertificate:
         return sampled
 
     def _set_non_finite_aside(
-        self, block: Block, delta: torch.Tensor
-    ) -> tuple[Block, torch.Tensor]:
+        self, block: Block, delta: torch.Tensor, difference: Difference
+    ) -> Block:
         """Count what is not finite, and replace it by zeros with a zero update."""
-        if math.isfinite(float(block.task_vector.sum())):
-            return block, delta
-        bad = ~torch.isfinite(block.task_vector)
+        bad = difference.non_finite
+        if bad is None:
+            return block
         beyond = (block.base.double() + delta).abs() > self.format.largest
         self.non_finite += int(bad.sum())
         self.overflowed += int((beyond & bad).sum())
-        base, subtracted, task_vector = (
-            rows.masked_fill(bad, 0.0) for rows in (block.base, block.subtracted, block.task_vector)
-        )
+        base, subtracted = (rows.masked_fill(bad, 0.0) for rows in (block.base, block.subtracted))
         merged = None if block.merged is None else block.merged.masked_fill(bad, 0.0)
-        finite = Block(block.start, block.stop, base, subtracted, task_vector, merged)
-        return finite, delta.masked_fill(bad, 0.0)
+        return Block(block.start, block.stop, base, subtracted, difference.task_vector, merged)
 
     def _merged(self, block: Block) -> torch.Tensor | None:
         """M in fp32; where only W and T are known, the number of the format that is next to W + T.
@@ -227,7 +224,7 @@ class ParameterCertificate:
             return wide.float()
         stored = wide.to(self.format.dtype)
         again = subtract_rows(stored, block.subtracted)
-        if float(differing(again, block.task_vector).sum()):
+        if count_differing(again, block.task_vector):
             # M is within u32 |T| of W + T; the sum and its rounding to the format move it by less
             # than 2 u32 |W + T|.
             reach = (block.task_vector.abs() + 2 * wide.abs()) * U32
@@ -235,23 +232,25 @@ class ParameterCertificate:
                 return None
         return stored.float()
 
-    def _count_lost(self, block: Block, delta: torch.Tensor) -> None:
+    def _count_lost(self, block: Block, difference: Difference) -> None:
         """Elements whose update is not zero, yet whose merged value is the base's own."""
-        touched = int(delta.bool().count_nonzero())
+        touched = difference.nonzero_delta
         self.changed_by_update += touched
         if not touched:
+            return
+        if self._zero_unmoved and touched == difference.elements:
+            self.lost += touched - difference.nonzero
             return
         moved = block.task_vector
         if not self._zero_unmoved:
             unmoved = subtract_rows(block.base.to(self.format.dtype), block.subtracted)
             moved = differing(unmoved, moved)
-        moved = moved.bool()
-        if touched < delta.numel():
-            moved |= delta == 0
-        self.lost += moved.numel() - int(moved.count_nonzero())
+        if touched < difference.elements:
+            moved = moved.bool() | (difference.delta == 0)
+        self.lost += difference.elements - count_nonzero(moved)
 
     def _check_bounds(
-        self, block: Block, delta: torch.Tensor, merged: torch.Tensor, error: torch.Tensor
+        self, block: Block, difference: Difference, merged: torch.Tensor, error: torch.Tensor
     ) -> torch.Tensor:
         """Count violations of |T - delta|, fp32; returns its bound, fp32."""
         while True:
@@ -261,8 +260,9 @@ class ParameterCertificate:
                 self.update,
                 block.start,
                 block.stop,
-                delta=delta,
+                delta=difference.delta,
                 merged=merged,
+                moved=difference.size,
                 base=block.subtracted.float(),
                 base_format=self.base_format,
                 format=self.format,
@@ -275,7 +275,7 @@ class ParameterCertificate:
             self._level += 1
             # What was within a tighter bound so far is so within this one.
             self.tally.max_ratio, self.tally.worst = tally.max_ratio, tally.worst
-        self._note_ratio(tally, block, delta, bound, ratio, largest)
+        self._note_ratio(tally, block, difference.delta, bound, ratio, largest)
         return bound
 
     def _note_ratio(

@@ -14,7 +14,7 @@ import torch
 from taskvec.certificate import Block, ParameterCertificate
 from taskvec.checkpoint import Checkpoint
 from taskvec.cli import UserError
-from taskvec.recipes import differing
+from taskvec.difference import Difference, count_differing, count_nonzero
 from taskvec.rounding import NARROW_FORMATS, Format, all_finite, subtract_rows
 from taskvec.taskvector import TaskVector
 from taskvec.tensorfile import row_blocks, to_device
@@ -47,16 +47,15 @@ class Magnitude:
     def norm(self) -> float:
         return math.sqrt(self.squared_norm)
 
-    def add(self, rows: torch.Tensor, wide: torch.Tensor | None = None) -> None:
-        """Take rows of any shape and float dtype into account; ``wide``: the same in float64."""
+    def add(self, rows: torch.Tensor) -> None:
+        """Take rows of any shape and float dtype into account."""
         if not rows.numel():
             return
-        self.nonzero += int(rows.bool().count_nonzero())  # of floats it takes twice the time
-        wide = (rows.double() if wide is None else wide).flatten()
+        self.nonzero += count_nonzero(rows)
+        wide = rows.double().reshape(-1)
         squared = float(torch.dot(wide, wide))
         if math.isfinite(squared):  # then every element is finite
-            low, high = rows.aminmax()
-            largest = max(-float(low), float(high))
+            largest = float(rows.abs().amax())
         else:
             finite = torch.isfinite(wide)
             self.non_finite += wide.numel() - int(torch.count_nonzero(finite))
@@ -64,6 +63,18 @@ class Magnitude:
             squared, largest = float(torch.dot(wide, wide)), float(wide.abs().max())
         self.squared_norm += squared
         self.max_abs = max(self.max_abs, largest)
+
+    def add_task_vector(self, difference: Difference) -> None:
+        """Take the rows of T into account."""
+        if not difference.elements:
+            return
+        self.nonzero += difference.nonzero
+        if difference.non_finite is not None:
+            bad = int(difference.non_finite.count_nonzero())
+            self.nonzero += bad
+            self.non_finite += bad
+        self.squared_norm += difference.squared
+        self.max_abs = max(self.max_abs, float(difference.size.amax()))
 
 
 @dataclass
@@ -78,39 +89,33 @@ class PairSums:
     difference_max: float = 0.0
     exact: int = 0
 
-    def add(
-        self,
-        task_vector: torch.Tensor,
-        delta: torch.Tensor,
-        wide: torch.Tensor | None = None,
-        difference: torch.Tensor | None = None,
-    ) -> None:
-        """Take rows of T (fp32) and delta (float64) into account, as far as they are finite.
-
-        Args:
-            wide, difference: the same rows of T and of T - delta in float64, where they are at
-                hand; the latter is used up.
-        """
-        if not task_vector.numel():
+    def add(self, difference: Difference) -> None:
+        """Take rows of T and delta into account, as far as they are finite."""
+        if not difference.elements:
             return
-        task_vector, delta = task_vector.flatten(), delta.flatten()
-        wide = task_vector.double() if wide is None else wide.flatten()
-        difference = wide - delta if difference is None else difference.flatten()
-        squared = float(torch.dot(difference, difference))
-        if not math.isfinite(squared):
-            finite = torch.isfinite(wide)
-            wide, delta = torch.where(finite, wide, 0.0), torch.where(finite, delta, 0.0)
-            difference = wide - delta
-            squared = float(torch.dot(difference, difference))
-        self.elements += wide.numel()
-        inexact = differing(task_vector, delta.float()).sum()  # exact up to 2^24 elements
-        self.exact += wide.numel() - int(inexact)
-        self.delta_squared += float(torch.dot(delta, delta))
-        self.product += float(torch.dot(wide, delta))
+        wide, delta, error = (
+            rows.reshape(-1) for rows in (difference.wide, difference.delta, difference.error)
+        )
+        inexact = count_differing(difference.task_vector, difference.narrow)
+        if difference.non_finite is not None:
+            inexact += int(difference.non_finite.count_nonzero())
+        found = torch.stack(  # one wait for all of them
+            [
+                torch.dot(delta, delta),
+                torch.dot(wide, delta),
+                torch.dot(error, error),
+                error.sum(),
+                error.amax(),
+            ]
+        )
+        delta_squared, product, squared, total, largest = found.tolist()
+        self.elements += difference.elements
+        self.exact += difference.elements - inexact
+        self.delta_squared += delta_squared
+        self.product += product
         self.difference_squared += squared
-        magnitude = difference.abs_()
-        self.difference_abs += float(magnitude.sum())
-        self.difference_max = max(self.difference_max, float(magnitude.amax()))
+        self.difference_abs += total
+        self.difference_max = max(self.difference_max, largest)
 
 
 @dataclass
@@ -229,12 +234,11 @@ def compare_parameter(
             if not all_finite(stored):
                 raise UserError(f"{info.path}: {name}: holds NaN or infinity, in fp32 at least")
             delta = update.exact(block.start, block.stop)
-            wide = block.task_vector.double()
-            difference = wide - delta
+            difference = Difference(block.task_vector, delta)
             if not certificate.add(block, delta, difference):
                 break
-            magnitude.add(block.task_vector, wide)
-            sums.add(block.task_vector, delta, wide, difference)
+            magnitude.add_task_vector(difference)
+            sums.add(difference)
         else:
             break
     certificate.conclude()

@@ -22,6 +22,7 @@ from taskvec.adapter import Adapter
 from taskvec.checkpoint import Checkpoint
 from taskvec.cli import UserError
 from taskvec.compare import BLOCK_ELEMENTS, Magnitude, PairSums
+from taskvec.difference import Difference
 from taskvec.header import TensorInfo
 from taskvec.modelwriter import stored_format
 from taskvec.rounding import (
@@ -176,7 +177,7 @@ def _measure_merged(
                 if bool(vector.any()):
                     magnitude.add(vector)
                 if exact is not None:
-                    impact.sums.add(vector, exact)
+                    impact.sums.add(Difference(vector, exact))
             if exact is not None:
                 _count_lost(pair, exact, merged == rounded)
         advance(rows.nbytes)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from taskvec.difference import count_differing
 from taskvec.rounding import RECIPES, Format, Recipe, subtract_rows
 from taskvec.update import Update
 
@@ -125,7 +126,7 @@ class RecipeSearch:
             predicted = _as_found(merged, block)
             if sampled and tally is live[0]:
                 self._measure_effects(tally.recipe, block, delta, predicted)
-            if float(differing(predicted, found).sum()):
+            if count_differing(predicted, found):
                 differs = predicted != found
                 differs &= ~(predicted.isnan() & found.isnan())
                 tally.mismatches += int(differs.sum())
@@ -171,14 +172,9 @@ class RecipeSearch:
                 recipe, block.base, block.start, block.stop, self.format, delta
             )
         )
-        self._order_changes += int(differing(in_order, predicted).count_nonzero())
-        self._format_changes += int(differing(in_format, predicted).count_nonzero())
+        self._order_changes += count_differing(in_order, predicted)
+        self._format_changes += count_differing(in_format, predicted)
         self._sampled += predicted.numel()
-
-
-def differing(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """1.0 where two fp32 tensors differ, else 0.0: several times faster than a bool tensor."""
-    return torch.ne(one, other, out=torch.empty_like(one))
 
 
 def _as_found(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -246,12 +247,13 @@ def bound_rows(
     base: torch.Tensor,
     base_format: Format | None,
     format: Format,
+    moved: torch.Tensor | None = None,
     recovered: bool = False,
 ) -> torch.Tensor:
     """What |T - delta| may be, element by element, if M was merged by a recipe of the family.
 
     |T - delta| <= h_p(M)                          the merged weight is stored in p
-                 + u32 |M - W|                     T = fl32(M - W)
+                 + u32 |T|                         T = fl32(M - W)
                  + `Update.error`                  what is added is computed in fp32
                  + `Update.base_error`             W was rounded in the merge or for T, not in both
 
@@ -264,14 +266,17 @@ def bound_rows(
         merged, base: rows of M and of what was subtracted from it, both float64 or both fp32,
             which is also what the bound is computed in.
         base_format: what that base was rounded to before; None: as stored.
-        recovered: M is not known but by its difference from W; then |M - W| counts eight times,
-            which is more than the half ulp of M can be off by.
+        moved: |T| in their dtype, where it is at hand: it bounds the rounding of T as |M - W| does,
+            by which it is replaced otherwise.
+        recovered: M is not known but by its difference from W; then |T| counts eight times, which
+            is more than the half ulp of M can be off by.
 
     Returns:
         rows in their dtype, positive.
     """
     bound = rounding_error(merged, format)
-    bound.add_((merged - base).abs_(), alpha=8 * U32 if recovered else U32)
+    moved = (merged - base).abs_() if moved is None else moved
+    bound.add_(moved, alpha=8 * U32 if recovered else U32)
     bound += update.error(family, start, stop, delta=delta, base=base, format=format)
     of_base = update.base_error(family, base, base_format, format)
     if of_base is not None:
@@ -331,7 +336,7 @@ def delta_error(
     """
     relative = gamma(update.rank + (1 if _is_fp32(update.scaling) else 2))
     relative *= 1 + 2 * relative  # |B| @ |A| may itself be computed in fp32
-    return update.magnitude(start, stop).to(dtype).mul_(relative)
+    return update.magnitude(start, stop, dtype).mul_(relative)
 
 
 def underflow_of_products(update: Product) -> float:
@@ -413,5 +418,6 @@ def _rounding_before_scaling(size: torch.Tensor, scaling: float, format: Format)
     return product
 
 
+@cache
 def _is_fp32(value: float) -> bool:
     return float(torch.tensor(value, dtype=torch.float32)) == value

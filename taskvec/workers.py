@@ -51,14 +51,19 @@ def for_each(
 
 def _on_threads(work: Callable[[Item], Result], items: list[Item]) -> list[Result]:
     _keep_freed_memory()
+
+    def alone(item: Item) -> Result:
+        with torch.inference_mode():  # each call of PyTorch holds Python's lock for less long
+            return work(item)
+
     threads = torch.get_num_threads()
     workers = min(threads, _MOST)
     if workers == 1:
-        return [work(item) for item in items]
+        return [alone(item) for item in items]
     pool = ThreadPoolExecutor(workers)
     torch.set_num_threads(threads // workers)
     try:
-        futures = [pool.submit(work, item) for item in items]
+        futures = [pool.submit(alone, item) for item in items]
         return [future.result() for future in futures]
     finally:
         pool.shutdown(cancel_futures=True)

@@ -12,6 +12,7 @@ from taskvec.certificate import (
     ParameterCertificate,
 )
 from taskvec.compare import Comparison, Magnitude, PairSums, ParameterResult
+from taskvec.difference import Difference
 from taskvec.rounding import (
     Format,
     Recipe,
@@ -65,7 +66,7 @@ def result_of(
     T = subtract_rows(merged, subtracted_from(base, options.get("base_format")))
     magnitude, sums = Magnitude(), PairSums()
     magnitude.add(T)
-    sums.add(T, update.exact(0, base.shape[0]))
+    sums.add(Difference(T, update.exact(0, base.shape[0])))
     kind = "unexplained" if certificate.violations else "lora"
     comparison = Comparison(sums, certificate, update.rank, update.scaling)
     return ParameterResult("weight", tuple(base.shape), kind, magnitude, comparison=comparison)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from taskvec.compare import Magnitude, PairSums
+from taskvec.difference import Difference
 from taskvec.streamstats import (
     JointMagnitudes,
     MagnitudeHistogram,
@@ -124,7 +125,7 @@ class PairStatistics:
         T, D = task_vector.double(), delta.double()
         residual = T - D
         self.magnitude.add(task_vector)
-        self.sums.add(task_vector, D)
+        self.sums.add(Difference(task_vector, D))
         self.regression.add(D, T)
         self.task_vector.add(T)
         self.delta.add(D)

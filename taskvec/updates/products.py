@@ -11,6 +11,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
@@ -69,8 +70,10 @@ class Product(Update):
         """
 
     @abstractmethod
-    def magnitude(self, start: int, stop: int) -> torch.Tensor:
-        """Rows of |s| * (|B| @ |A|) in float64, to which matmul errors are relative."""
+    def magnitude(
+        self, start: int, stop: int, dtype: torch.dtype = torch.float64
+    ) -> torch.Tensor:
+        """Rows of |s| * (|B| @ |A|), computed in fp32 or float64: what matmul errors relate to."""
 
     @abstractmethod
     def rounded_factors(self, dtype: torch.dtype) -> Product:
@@ -195,7 +198,7 @@ class LowRank(Product):
     def shape(self) -> tuple[int, ...]:
         return self.matrix if self.stored is None else self.stored
 
-    @property
+    @cached_property
     def largest_factor(self) -> float:
         return float(self.A.abs().max()) if self.A.numel() else 0.0
 
@@ -212,23 +215,40 @@ class LowRank(Product):
             B, A = (factor.to(dtype) for factor in self._rows(low, high))
             product = self._turned((B * self.scaling) @ A if prescaled else B @ A)
             rows = product[start - low : stop - low]
-            return rows if prescaled else rows * self.scaling
+            return rows if prescaled else rows.mul_(self.scaling)
 
         return self._cut(compute, start, stop)
 
     def exact(self, start: int, stop: int) -> torch.Tensor:
         """Rows of s * B @ A computed in float64: exact to 2^-29 of what fp32 could lose."""
 
-        def compute(start: int, stop: int) -> torch.Tensor:
-            B, A = self._rows(start, stop)
-            return self._turned((B.double() * self.scaling) @ A.double())
+        return self._product(*self._scaled_factors, start, stop)
 
-        return self._cut(compute, start, stop)
+    def magnitude(
+        self, start: int, stop: int, dtype: torch.dtype = torch.float64
+    ) -> torch.Tensor:
+        if dtype not in self._absolute_factors:
+            B, A = self._scaled_factors
+            self._absolute_factors[dtype] = B.abs().to(dtype), A.abs().to(dtype)
+        return self._product(*self._absolute_factors[dtype], start, stop)
 
-    def magnitude(self, start: int, stop: int) -> torch.Tensor:
+    @cached_property
+    def _scaled_factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """s * B and A in float64."""
+        return self.B.double() * self.scaling, self.A.double()
+
+    @cached_property
+    def _absolute_factors(self) -> dict[torch.dtype, tuple[torch.Tensor, torch.Tensor]]:
+        """|s * B| and |A| in the dtypes that were asked for."""
+        return {}
+
+    def _product(self, B: torch.Tensor, A: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """Rows of B @ A, in whatever order of summation."""
+
         def compute(start: int, stop: int) -> torch.Tensor:
-            B, A = self._rows(start, stop)
-            return self._turned((B.double().abs() * abs(self.scaling)) @ A.double().abs())
+            if self.transposed:
+                return A[:, start:stop].T @ B.T
+            return B[start:stop] @ A
 
         return self._cut(compute, start, stop)
 
@@ -281,7 +301,7 @@ class Experts(Product):
     def shape(self) -> tuple[int, ...]:
         return (len(self.experts), *self.experts[0].matrix)
 
-    @property
+    @cached_property
     def largest_factor(self) -> float:
         return max(expert.largest_factor for expert in self.experts)
 
@@ -293,8 +313,12 @@ class Experts(Product):
     def exact(self, start: int, stop: int) -> torch.Tensor:
         return self._gather(LowRank.exact, start, stop)
 
-    def magnitude(self, start: int, stop: int) -> torch.Tensor:
-        return self._gather(LowRank.magnitude, start, stop)
+    def magnitude(
+        self, start: int, stop: int, dtype: torch.dtype = torch.float64
+    ) -> torch.Tensor:
+        return self._gather(
+            lambda expert, start, stop: expert.magnitude(start, stop, dtype), start, stop
+        )
 
     def recipe_key(self, recipe: Recipe, format: Format, stored: torch.dtype) -> tuple[bool, ...]:
         key = super().recipe_key(recipe, format, stored)
