@@ -247,7 +247,7 @@ class LowRank(Product):
 
         def compute(start: int, stop: int) -> torch.Tensor:
             if self.transposed:
-                return A[:, start:stop].T @ B.T
+                return (B @ A[:, start:stop]).T.contiguous()
             return B[start:stop] @ A
 
         return self._cut(compute, start, stop)
