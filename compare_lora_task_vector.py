@@ -226,7 +226,12 @@ def _compare_all(
         TensorFileWriter(directory / DELTAS, specs) as writer,
         cli.progress(sum(base.tensors[name].nbytes for name in names), "Comparing") as bar,
     ):
-        return for_each(examine, names, cost)
+        return for_each(
+            examine,
+            names,
+            cost,
+            cached=lambda name: base.is_cached(name) + vector.is_cached(name),
+        )
 
 
 def _write_delta(update: Update, writer: TensorFileWriter) -> None:

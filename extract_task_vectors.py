@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # torch is loaded only when there is work to do: --help stays
     from taskvec.tensorfile import TensorFileWriter
 
 SUMMARY = "task_vector_summary.json"
-BLOCK_ELEMENTS = 1 << 18  # of two models: small enough for a core's own cache
+BLOCK_ELEMENTS = 1 << 20  # of two models: small enough for a core's own cache
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,7 @@ def extract(
                 lambda info: _extract_tensor(vector, base, info, writer, torch_device, bar),
                 tensors.values(),
                 cost=lambda info: info.nbytes,
+                cached=lambda info: base.is_cached(info.name) + vector.is_cached(info.name),
             )
         found = dict(zip(tensors, magnitudes, strict=True))
         summary = summarise(tensors, found, metadata)
@@ -168,8 +169,8 @@ def _extract_tensor(
     bar: tqdm[Any],
 ) -> Magnitude:
     """Write one tensor of the task vector; blocks that are zero are left out as holes."""
-    from taskvec.compare import Magnitude, is_zero
-    from taskvec.tensorfile import row_blocks, to_device
+    from taskvec.compare import Magnitude
+    from taskvec.tensorfile import row_blocks
 
     magnitude = Magnitude()
     if vector.is_zero(info.name):
@@ -177,12 +178,12 @@ def _extract_tensor(
         return magnitude
     merged_itemsize = vector.merged.tensors[info.name].dtype.itemsize
     for start, stop in row_blocks(info, BLOCK_ELEMENTS):
-        rows = base.read(info.name, start, stop)
-        block = vector.block(to_device(rows, device), info.name, start, stop)
-        if not is_zero(block.task_vector):
-            magnitude.add(block.task_vector)
-            writer.write(info.name, block.task_vector, start)
-        bar.update(rows.numel() * (info.dtype.itemsize + merged_itemsize))
+        stored = base.read(info.name, start, stop)
+        rows = vector.changed_rows(stored, info.name, start, stop, device)
+        if rows is not None:
+            magnitude.add(rows)
+            writer.write(info.name, rows, start)
+        bar.update(stored.numel() * (info.dtype.itemsize + merged_itemsize))
     return magnitude
 
 

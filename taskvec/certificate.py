@@ -5,13 +5,11 @@ and two small histograms. Which recipes reproduce every bit, and whether every e
 lies within its bound, are both answered in that one pass.
 
 It runs over every element of a model, so it makes few passes, and those in fp32 where the bound
-allows (`rounding.bound_rows`): comparisons go to floats in place (`differing`), a NaN is looked
-for in a sum, and what is needed only when something is wrong is computed only then.
+allows (`rounding.bound_rows`). What is needed only when something is wrong is computed only then.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -160,9 +158,7 @@ class ParameterCertificate:
         """Elements that stand out from a recipe which gives nearly all others bit for bit."""
         return self.search.isolated
 
-    def add(
-        self, block: Block, delta: torch.Tensor, difference: Difference | None = None
-    ) -> bool:
+    def add(self, block: Block, delta: torch.Tensor, difference: Difference | None = None) -> bool:
         """Take one block into account.
 
         Args:

@@ -81,6 +81,11 @@ class Checkpoint:
         info = self.tensors[name]
         return self.shards[info.path].read(info, start, stop)
 
+    def is_cached(self, name: str) -> bool:
+        """Whether the system has a tensor in memory, as far as one byte of it tells."""
+        info = self.tensors[name]
+        return self.shards[info.path].is_cached(info)
+
     def is_hole(self, name: str) -> bool:
         """True if a tensor is known to be zero without reading it."""
         info = self.tensors[name]

@@ -14,7 +14,7 @@ import torch
 from taskvec.certificate import Block, ParameterCertificate
 from taskvec.checkpoint import Checkpoint
 from taskvec.cli import UserError
-from taskvec.difference import Difference, count_differing, count_nonzero
+from taskvec.difference import Difference, count_differing, count_nonzero, is_zero
 from taskvec.rounding import NARROW_FORMATS, Format, all_finite, subtract_rows
 from taskvec.taskvector import TaskVector
 from taskvec.tensorfile import row_blocks, to_device
@@ -188,14 +188,6 @@ class ParameterResult:
             return False
         certificate = self.comparison.certificate
         return certificate.violations > 0 and certificate.lost == certificate.changed_by_update
-
-
-def is_zero(rows: torch.Tensor) -> bool:
-    """Whether every element is 0, with either sign; a quarter of the time of ``not rows.any()``."""
-    if not rows.numel():
-        return True
-    low, high = rows.aminmax()  # a NaN among them makes both NaN
-    return float(low) == 0 == float(high)
 
 
 def read_blocks(

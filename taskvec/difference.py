@@ -1,7 +1,7 @@
 """T - delta over some rows: what the comparison and the certificate both look at, computed once.
 
 Every element of a model goes through here, so it is done in few passes, and by what PyTorch is
-quick at: a comparison that goes to floats takes a sixth of the time of one that goes to bools.
+quick at: on a CPU a comparison that goes to floats takes a sixth of the time of one to bools.
 """
 
 from __future__ import annotations
@@ -89,3 +89,11 @@ def count_differing(one: torch.Tensor, other: torch.Tensor | float) -> int:
 def count_nonzero(values: torch.Tensor) -> int:
     """How many elements of a tensor of up to 2^24 are not zero; a NaN is not."""
     return count_differing(values, 0.0)
+
+
+def is_zero(rows: torch.Tensor) -> bool:
+    """Whether every element is 0, with either sign; a quarter of the time of ``not rows.any()``."""
+    if not rows.numel():
+        return True
+    low, high = rows.aminmax()  # a NaN among them makes both NaN
+    return float(low) == 0 == float(high)

@@ -265,7 +265,7 @@ def _compare_stored(
     for (_, rows), (_, wanted) in zip(
         _blocks(vector, info, device), _blocks(reference, info, device), strict=True
     ):
-        impact.sums.add(rows, wanted.double())
+        impact.sums.add(Difference(rows, wanted.double()))
         _count_lost([impact], wanted, rows == 0)
 
 

@@ -17,10 +17,11 @@ import torch
 from taskvec.certificate import Block
 from taskvec.checkpoint import Checkpoint
 from taskvec.cli import UserError
+from taskvec.difference import is_zero
 from taskvec.header import TensorInfo
 from taskvec.names import aligned
-from taskvec.rounding import BF16, FORMATS, FP16, FP32, Format, subtract_rows
-from taskvec.tensorfile import TensorFile, to_device
+from taskvec.rounding import BF16, FORMATS, FP16, FP32, Format, all_finite, subtract_rows
+from taskvec.tensorfile import TensorFile, same_bytes, to_device
 from taskvec.ties import set_copies_aside
 
 TASK_VECTOR_FILE = "task_vector.safetensors"
@@ -55,6 +56,9 @@ class TaskVector(Protocol):
     def is_zero(self, name: str) -> bool:
         """True if a parameter is known to be zero without reading it."""
 
+    def is_cached(self, name: str) -> bool:
+        """Whether the system has what is read for a parameter in memory, as far as it tells."""
+
     def block(self, base: torch.Tensor, name: str, start: int, stop: int) -> Block:
         """Rows of the task vector beside the given rows of the base, on the base's device."""
 
@@ -85,6 +89,9 @@ class StoredTaskVector:
 
     def is_zero(self, name: str) -> bool:
         return name not in self.file.tensors or self.file.is_hole(self.file.tensors[name])
+
+    def is_cached(self, name: str) -> bool:
+        return name in self.file.tensors and self.file.is_cached(self.file.tensors[name])
 
     def check_fits(self, base: Checkpoint) -> None:
         """Refuse a task vector of another architecture; from here on its tensors have base's names.
@@ -138,6 +145,9 @@ class FormedTaskVector:
     def is_zero(self, name: str) -> bool:
         return name not in self.merged.tensors
 
+    def is_cached(self, name: str) -> bool:
+        return name in self.merged.tensors and self.merged.is_cached(name)
+
     def block(self, base: torch.Tensor, name: str, start: int, stop: int) -> Block:
         merged = base
         if name in self.merged.tensors:
@@ -145,6 +155,21 @@ class FormedTaskVector:
         subtracted = _subtracted(base, self.base_format)
         rows = subtract_rows(merged, subtracted)
         return Block(start, stop, base, subtracted, rows, merged)
+
+    def changed_rows(
+        self, base: torch.Tensor, name: str, start: int, stop: int, device: torch.device
+    ) -> torch.Tensor | None:
+        """Rows of the task vector, fp32 on the device; None where all of them are zero.
+
+        Args:
+            base: the same rows of the base as stored, on the CPU.
+        """
+        merged = self.merged.read(name, start, stop)
+        if self.base_format is None and same_bytes(base, merged) and all_finite(base):
+            return None
+        subtracted = _subtracted(to_device(base, device), self.base_format)
+        rows = subtract_rows(to_device(merged, device), subtracted)
+        return None if is_zero(rows) else rows
 
 
 @contextlib.contextmanager

@@ -29,28 +29,34 @@ def for_each(
     work: Callable[[Item], Result],
     items: Iterable[Item],
     cost: Callable[[Item], float] = lambda item: 1.0,
+    cached: Callable[[Item], int] = lambda item: 0,
 ) -> list[Result]:
     """Do some work on every item, on as many threads as PyTorch may use, and in every process.
 
     Args:
         work: must not change what the work on another item reads.
         cost: how much work an item is, in any unit, to share it out among processes.
+        cached: how much of what it reads is in memory, in any unit. The most comes first: what is
+            read from disk meanwhile would drive it out.
 
     Returns:
         the results in the order of the items, in every process.
 
     Raises:
-        what ``work`` raised for the first item that it raised for; what has not begun by then is
-        left undone. LostProcessError: another process has ended.
+        what ``work`` raised for the first item, as they are begun, that it raised for; what has
+        not begun by then is left undone. LostProcessError: another process has ended.
     """
     items = list(items)
     return processes.divided(
-        lambda share: _on_threads(work, share), items, [cost(item) for item in items]
+        lambda share: _on_threads(work, share, cached), items, [cost(item) for item in items]
     )
 
 
-def _on_threads(work: Callable[[Item], Result], items: list[Item]) -> list[Result]:
+def _on_threads(
+    work: Callable[[Item], Result], items: list[Item], cached: Callable[[Item], int]
+) -> list[Result]:
     _keep_freed_memory()
+    order = sorted(range(len(items)), key=lambda index: -cached(items[index]))
 
     def alone(item: Item) -> Result:
         with torch.inference_mode():  # each call of PyTorch holds Python's lock for less long
@@ -58,13 +64,16 @@ def _on_threads(work: Callable[[Item], Result], items: list[Item]) -> list[Resul
 
     threads = torch.get_num_threads()
     workers = min(threads, _MOST)
+    results: dict[int, Result] = {}
     if workers == 1:
-        return [alone(item) for item in items]
+        results = {index: alone(items[index]) for index in order}
+        return [results[index] for index in range(len(items))]
     pool = ThreadPoolExecutor(workers)
     torch.set_num_threads(threads // workers)
     try:
-        futures = [pool.submit(alone, item) for item in items]
-        return [future.result() for future in futures]
+        futures = {index: pool.submit(alone, items[index]) for index in order}
+        results = {index: future.result() for index, future in futures.items()}
+        return [results[index] for index in range(len(items))]
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)

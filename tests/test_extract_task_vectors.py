@@ -236,6 +236,20 @@ def test_nan_and_infinity_are_counted_kept_and_mentioned(llama, copied, tmp_path
     assert vector[0].isnan() and vector[1].isinf()
 
 
+def test_what_is_not_finite_in_both_models_has_no_difference_that_is(llama, copied, tmp_path):
+    """Equal bytes are a task vector of zeros, but for NaN - NaN and inf - inf."""
+    models, name = [copied(llama), tmp_path / "tuned"], "model.norm.weight"
+    tensors = weights(llama)
+    tensors[name][:3] = torch.tensor([math.nan, math.inf, -0.0])
+    save_file(tensors, models[0] / "model.safetensors")
+    shutil.copytree(models[0], models[1])
+    extract(models[0], models[1], tmp_path / "tv")
+    vector = weights(tmp_path / "tv")[name]
+    assert vector[:2].isnan().all() and not vector[2:].any()
+    summary = json.loads((tmp_path / "tv" / SUMMARY).read_text())
+    assert (summary["non_finite_elements"], summary["nonzero_elements"]) == (2, 2)
+
+
 # -- tensors that are no floats ------------------------------------------------------
 
 

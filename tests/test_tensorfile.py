@@ -19,7 +19,7 @@ from safetensors.torch import load, load_file, save, save_file
 
 from taskvec.cli import UserError
 from taskvec.header import TensorInfo
-from taskvec.tensorfile import TensorFile, TensorFileWriter, row_blocks
+from taskvec.tensorfile import TensorFile, TensorFileWriter, row_blocks, same_bytes
 from tests.checks import raw_bytes
 
 DTYPES = [
@@ -205,6 +205,33 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path, monkeypatch,
         ) as writer:
             with pytest.raises(UserError, match="the file ended at byte 2000"):
                 writer.copy(file, file.tensors["a"])
+
+
+def test_bytes_are_compared_as_bytes():
+    one = torch.tensor([1.0, torch.nan, 0.0])
+    assert same_bytes(one, one.clone())
+    assert not same_bytes(one, torch.tensor([1.0, torch.nan, -0.0]))
+    assert not same_bytes(torch.zeros(4), torch.zeros(4, dtype=torch.int32))
+    assert same_bytes(torch.zeros(0, 3), torch.zeros(0, 3))
+
+
+@pytest.mark.parametrize("answer", [BlockingIOError(), OSError(errno.EOPNOTSUPP, ""), 1])
+def test_what_the_system_says_of_its_cache_is_believed(tmp_path, monkeypatch, answer):
+    save_file({"a": torch.ones(100)}, tmp_path / "one.safetensors")
+    asked = []
+
+    def preadv(fd: int, buffers: list[bytearray], offset: int, flags: int = 0) -> int:
+        asked.append((offset, flags))
+        if isinstance(answer, OSError):
+            raise answer
+        return 1
+
+    with TensorFile(tmp_path / "one.safetensors") as file:
+        info = file.tensors["a"]
+        monkeypatch.setattr(os, "preadv", preadv)
+        monkeypatch.setattr(os, "RWF_NOWAIT", 8, raising=False)
+        assert file.is_cached(info) is (answer == 1)
+    assert asked == [(info.offset + 200, 8)]
 
 
 def test_a_write_that_does_not_fit_is_refused(tmp_path):

@@ -59,6 +59,22 @@ def test_a_failure_is_raised_and_what_has_not_begun_is_left_undone(threads, coun
     assert torch.get_num_threads() == count
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_what_is_in_memory_comes_first_and_results_keep_their_order(threads, count):
+    threads(count)
+    begun: list[int] = []
+    cached = [0, 2, 1, 2, 0, 1]
+
+    def work(item: int) -> int:
+        begun.append(item)
+        return 10 * item
+
+    assert for_each(work, range(6), cached=cached.__getitem__) == [0, 10, 20, 30, 40, 50]
+    if count == 1:
+        assert begun == [1, 3, 2, 5, 0, 4]
+    assert set(begun[:2]) == {1, 3}
+
+
 def test_the_chain_writes_the_same_bytes_with_any_number_of_threads(
     threads, llama: Path, llama_lora: Path, tmp_path: Path
 ):

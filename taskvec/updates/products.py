@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -21,6 +21,7 @@ from taskvec.rounding import (
     Family,
     Format,
     Recipe,
+    all_finite,
     is_power_of_two,
     loses,
     merge_rows,
@@ -70,9 +71,7 @@ class Product(Update):
         """
 
     @abstractmethod
-    def magnitude(
-        self, start: int, stop: int, dtype: torch.dtype = torch.float64
-    ) -> torch.Tensor:
+    def magnitude(self, start: int, stop: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
         """Rows of |s| * (|B| @ |A|), computed in fp32 or float64: what matmul errors relate to."""
 
     @abstractmethod
@@ -183,6 +182,9 @@ class LowRank(Product):
     stored: tuple[int, ...] | None = None
     rounds_delta: bool = False
     kind: str = "LoRA"
+    _kept: dict[torch.dtype, tuple[torch.Tensor, torch.Tensor]] = field(
+        default_factory=dict, init=False, compare=False, repr=False
+    )
 
     @property
     def rank(self) -> int:
@@ -224,23 +226,21 @@ class LowRank(Product):
 
         return self._product(*self._scaled_factors, start, stop)
 
-    def magnitude(
-        self, start: int, stop: int, dtype: torch.dtype = torch.float64
-    ) -> torch.Tensor:
-        if dtype not in self._absolute_factors:
-            B, A = self._scaled_factors
-            self._absolute_factors[dtype] = B.abs().to(dtype), A.abs().to(dtype)
-        return self._product(*self._absolute_factors[dtype], start, stop)
+    def magnitude(self, start: int, stop: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+        return self._product(*self._absolute_factors(dtype), start, stop).to(dtype)
 
     @cached_property
     def _scaled_factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """s * B and A in float64."""
         return self.B.double() * self.scaling, self.A.double()
 
-    @cached_property
-    def _absolute_factors(self) -> dict[torch.dtype, tuple[torch.Tensor, torch.Tensor]]:
-        """|s * B| and |A| in the dtypes that were asked for."""
-        return {}
+    def _absolute_factors(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """|s * B| and |A| in a dtype, or in float64 where they are too large for it."""
+        if dtype not in self._kept:
+            B, A = (factor.abs() for factor in self._scaled_factors)
+            narrow = B.to(dtype)
+            self._kept[dtype] = (narrow, A.to(dtype)) if all_finite(narrow) else (B, A)
+        return self._kept[dtype]
 
     def _product(self, B: torch.Tensor, A: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """Rows of B @ A, in whatever order of summation."""
@@ -313,9 +313,7 @@ class Experts(Product):
     def exact(self, start: int, stop: int) -> torch.Tensor:
         return self._gather(LowRank.exact, start, stop)
 
-    def magnitude(
-        self, start: int, stop: int, dtype: torch.dtype = torch.float64
-    ) -> torch.Tensor:
+    def magnitude(self, start: int, stop: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
         return self._gather(
             lambda expert, start, stop: expert.magnitude(start, stop, dtype), start, stop
         )
