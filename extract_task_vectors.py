@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # torch is loaded only when there is work to do: --help stays
     from taskvec.tensorfile import TensorFileWriter
 
 SUMMARY = "task_vector_summary.json"
-BLOCK_ELEMENTS = 1 << 20  # of two models: small enough for a core's own cache
+BLOCK_ELEMENTS = 1 << 18  # of each model: with smaller ones, threads wait for Python's lock
 
 
 @dataclass(frozen=True)
