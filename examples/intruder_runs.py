@@ -132,7 +132,7 @@ def _train(task: Task, run: Run, model: Any) -> tuple[float, int]:
         torch.autograd.backward(task.batch_loss(model, generator))
         torch.nn.utils.clip_grad_norm_(parameters, _GRADIENT_NORM)
         optimiser.step()
-        if step % run.check_every == 0:
+        if step % run.check_every == 0 or step == run.most_steps:
             held_out = task.held_out(model)
             if held_out <= run.target:
                 break

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -33,10 +34,13 @@ MODULES = (
 
 
 @pytest.fixture(scope="module")
-def modules() -> dict[str, ModuleType]:
+def modules() -> Iterator[dict[str, ModuleType]]:
+    """The experiment's modules; losses are measured on an eighth of the text."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(EXAMPLES))
-        return {name: importlib.import_module(name) for name in MODULES}
+        found = {name: importlib.import_module(name) for name in MODULES}
+        patch.setattr(found["intruder_tasks"], "_CODE_WINDOWS", 4)
+        yield found
 
 
 @pytest.fixture(scope="module")
