@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from intruder_scaling import ARMS
 from intruder_tables import COMPARED_SCALE, by_label, by_rate, intruders, mean, trade
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -39,7 +38,7 @@ _SLOW: dict[str, Any] = {
 }  # fmt: skip
 _SMALL_MARK = {"markersize": 3.5, "alpha": 0.55, "markeredgewidth": 0}
 _ARMS: dict[str, tuple[str, dict[str, Any]]] = {
-    "intruders": ("the intruders", {"color": PURPLE, "marker": "o", "linestyle": "-"}),
+    "intruders": ("intruders", {"color": PURPLE, "marker": "o", "linestyle": "-"}),
     "others": ("as many other directions", {"color": BLUE, "marker": "s", "linestyle": "--"}),
     "update": ("the whole update", {"color": RED, "marker": "^", "linestyle": ":"}),
 }
@@ -75,10 +74,10 @@ def draw_scaling(content: dict[str, Any], path: Path) -> Figure:
         ax.axhline(content["base_pretraining_loss"], color=MUTED, linewidth=0.8)
         ax.set_title(f"r = {same[0]['rank']}, α = {2 * same[0]['rank']}", size=TEXT, loc="left")
     handles = [Line2D([], [], label=name, **look) for name, look in _ARMS.values()]
-    handles.append(Line2D([], [], label="λ = 1, nothing scaled", **_WHOLE))
-    handles.append(Line2D([], [], label="the base's pre-training loss", color=MUTED, linewidth=0.8))
+    handles.append(Line2D([], [], label="λ = 1: nothing scaled", **_WHOLE))
+    handles.append(Line2D([], [], label="the base", color=MUTED, linewidth=0.8))
     where = {"loc": "lower left", "bbox_to_anchor": ((MARGIN + 0.2) / WIDTH, 0)}
-    page.figure.legend(handles=handles, ncols=5, columnspacing=1.3, **where)
+    page.figure.legend(handles=handles, ncols=5, **where)
     return page.save(path)
 
 
@@ -158,8 +157,8 @@ def _draw_rates(ax: Axes, content: dict[str, Any]) -> None:
     ax.minorticks_off()
     ax.margins(x=0.12)
     ax.set_ylim(bottom=-0.04 * ax.get_ylim()[1])
-    ax.set(xlabel="learning rate, times the common one", ylabel="intruder dimensions")
-    ax.set_title("numbers are ranks", size=TEXT, loc="left")
+    ax.set(xlabel="learning rate (1: as on the left)", ylabel="intruder dimensions")
+    ax.set_title("other rates; numbers are ranks", size=TEXT, loc="left")
     ax.grid(axis="y")
 
 
@@ -202,8 +201,7 @@ _WHOLE: dict[str, Any] = {"color": INK, "marker": "o", "linestyle": "", "markers
 
 
 def _draw_trade(ax: Axes, same: Runs) -> None:
-    for number, arm in enumerate(ARMS):
-        look = _ARMS[arm][1]
+    for number, (arm, (_, look)) in enumerate(_ARMS.items()):
         curves = [
             [(one["held_out_loss"], one["pretraining_loss"]) for one in part["losses"]]
             for run in same
@@ -252,19 +250,26 @@ def _finding(content: dict[str, Any]) -> Finding:
 def _scaling_finding(content: dict[str, Any]) -> Finding:
     same = next(iter(by_label(content["scaled"]).values()))
     trades = [trade(one) for one in same]
-    gains = {arm: [value for one in trades if (value := one[arm]) is not None] for arm in ARMS}
+    gains = {arm: [value for one in trades if (value := one[arm]) is not None] for arm in _ARMS}
     title = (
-        f"Scaling the intruders of rank {same[0]['rank']} by {COMPARED_SCALE:g} regains "
-        f"{mean(gains['intruders']):.2f} of the pre-training loss"
+        f"Scaling the intruders of rank {same[0]['rank']} by {COMPARED_SCALE:g} changes the "
+        f"pre-training loss by {_signed(-mean(gains['intruders']))}"
     )
     if len(gains["update"]) == len(same):
         title += (
-            f"; scaling the whole update, {mean(gains['update']):.2f} at the same held-out loss"
+            "; scaling the whole update, to the same held-out loss, by "
+            f"{_signed(-mean(gains['update']))}"
         )
+    scales = [one["scale"] for one in same[0]["parts"][0]["losses"]]
+    falling = ", ".join(f"{scale:g}" for scale in reversed(scales[:-1]))
     note = (
-        f"{content['task'].capitalize()}. Down and to the left is better. Along each line λ falls "
-        "from 1 to 0 in steps of 0.9, 0.75, 0.5, 0.25; the whole update at λ = 0 is the base."
+        f"{content['task'].capitalize()}. Down and to the left is better. From the black mark on, "
+        f"λ = {falling}; the whole update at λ = 0 is the base."
     )
     if len(content["seeds"]) > 1:
         note += f" Means of {len(content['seeds'])} seeds, thin lines single ones."
     return Finding(title, note)
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.2f}".replace("-", "−")

@@ -6,8 +6,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from intruder_scaling import ARMS
-
 from taskvec import cli
 from taskvec.wording import table
 
@@ -118,12 +116,22 @@ def gain_at_cost(losses: Sequence[dict[str, float]], cost: float) -> float | Non
 
 
 def trade(scaled: dict[str, Any]) -> dict[str, float | None]:
-    """Of a run: what its intruders cost at `COMPARED_SCALE`, and what each part gains for that."""
+    """Of a run: what its intruders cost and gain at `COMPARED_SCALE`, and the others for that.
+
+    Returns:
+        ``cost``, rise of the held-out loss; for each part the fall of the pre-training loss, None
+        as by `gain_at_cost`.
+    """
     losses = {part["arm"]: part["losses"] for part in scaled["parts"]}
+    whole = losses["intruders"][-1]
     half = next(one for one in losses["intruders"] if one["scale"] == COMPARED_SCALE)
-    cost = half["held_out_loss"] - losses["intruders"][-1]["held_out_loss"]
-    gains: dict[str, float | None] = {arm: gain_at_cost(losses[arm], cost) for arm in ARMS}
-    return {"cost": cost, **gains}
+    cost = half["held_out_loss"] - whole["held_out_loss"]
+    gains: dict[str, float | None] = {arm: gain_at_cost(losses[arm], cost) for arm in losses}
+    return {
+        "cost": cost,
+        **gains,
+        "intruders": whole["pretraining_loss"] - half["pretraining_loss"],
+    }
 
 
 def _print(lines: tuple[Sequence[str], list[Sequence[str]]]) -> None:
@@ -190,7 +198,7 @@ def _scales(
     header = (f"{title} loss", "triplets", "norm", *(f"λ = {scale:g}" for scale in scales))
     rows = []
     for label, same in by_label(scaled).items():
-        for arm in ARMS:
+        for arm in _arms(scaled):
             parts = [part for one in same for part in one["parts"] if part["arm"] == arm]
             triplets, norm = (mean([part[what] for part in parts]) for what in ("triplets", "norm"))
             columns = zip(*(part["losses"] for part in parts), strict=True)
@@ -199,17 +207,21 @@ def _scales(
     return header, list(rows)
 
 
+def _arms(scaled: list[dict[str, Any]]) -> list[str]:
+    return [part["arm"] for part in scaled[0]["parts"]]
+
+
 def _trade(scaled: list[dict[str, Any]]) -> tuple[Sequence[str], list[Sequence[str]]]:
     header = (
-        "pre-training loss gained",
-        f"at a cost (intruders, λ = {COMPARED_SCALE:g})",
-        *ARMS,
+        f"as intruders at λ = {COMPARED_SCALE:g}",
+        "rise of held-out",
+        *(f"fall by {arm}" for arm in _arms(scaled)),
     )
     rows = []
     for label, same in by_label(scaled).items():
         found = [trade(one) for one in same]
         cells = []
-        for key in ("cost", *ARMS):
+        for key in ("cost", *_arms(scaled)):
             values = [value for one in found if (value := one[key]) is not None]
             cells.append(spread(values, ".3f") if len(values) == len(found) else "-")
         rows.append((label, *cells))
