@@ -141,8 +141,16 @@ def _draw_ranges(ax: Axes, places: Sequence[float], groups: list[Runs], color: s
 
 
 def _draw_rates(ax: Axes, content: dict[str, Any]) -> None:
-    """One line per rank at alpha = 2r, and one for full fine-tuning, of the first seed."""
-    for runs in by_rate(content).values():
+    """One line per rank at alpha = 2r, and one for full fine-tuning, of the first seed.
+
+    What did not come down to the target is left out; the note says so.
+    """
+    target = content["target_held_out_loss"]
+    groups = [
+        [run for run in runs if run["held_out_loss"] <= target]
+        for runs in by_rate(content).values()
+    ]
+    for runs in filter(None, groups):
         look = _SCHEDULES["α = 2r"] if runs[0]["rank"] else _FULL
         rates, counts = [run["rate"] for run in runs], [intruders(run) for run in runs]
         ax.plot(rates, counts, **look)
@@ -152,7 +160,7 @@ def _draw_rates(ax: Axes, content: dict[str, Any]) -> None:
                 textcoords="offset points", va="center", color=look["color"],
             )  # fmt: skip
     ax.set_xscale("log", base=2)
-    rates = sorted({run["rate"] for runs in by_rate(content).values() for run in runs})
+    rates = sorted({run["rate"] for runs in groups for run in runs})
     ax.set_xticks(rates, [f"{rate:g}" for rate in rates])
     ax.minorticks_off()
     ax.margins(x=0.12)
@@ -234,10 +242,17 @@ def _finding(content: dict[str, Any]) -> Finding:
         f"{_mean_intruders(low):.0f} intruder dimensions and rank {high[0]['rank']} has "
         f"{_mean_intruders(high):.0f}; full fine-tuning has {_mean_intruders(_full(content)):.0f}"
     )
+    target = content["target_held_out_loss"]
+    short = sum(run["held_out_loss"] > target for run in content["runs"])
+    all_runs = f"All runs but {short}" if short else "All runs"
     note = (
-        f"{content['matrices']} matrices, the first 10 vectors of each, ε = 0.5. All runs end at a "
-        f"held-out loss of {content['target_held_out_loss']:g} or just below."
+        f"{content['matrices']} matrices, the first 10 vectors of each, ε = 0.5. {all_runs} end at "
+        f"a held-out loss of {target:g} or just below."
     )
+    missed = [run for run in content["rates"] if run["held_out_loss"] > target]
+    for run in missed:
+        what = f"r = {run['rank']}" if run["rank"] else "full fine-tuning"
+        note += f" Left out, as it never came there: {what} at {run['rate']:g} times the rate."
     count = len(content["seeds"])
     if count > 1:
         note += (
