@@ -43,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--models", nargs="+", choices=MODELS, default=list(MODELS), help="(default: both)"
     )
-    parser.add_argument("--steps", type=whole(2), default=6, metavar="N", help="(default: 6)")
+    parser.add_argument("--steps", type=whole(2), default=12, metavar="N", help="(default: 12)")
     return parser
 
 
