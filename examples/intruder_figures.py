@@ -42,7 +42,7 @@ _ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "others": ("as many other directions", {"color": BLUE, "marker": "s", "linestyle": "--"}),
     "update": ("the whole update", {"color": RED, "marker": "^", "linestyle": ":"}),
 }
-_CROWDED = 0.06  # of the axis: a number so near to the last one is left out
+_CROWDED = 0.1  # of the axis: a number so near to the last one is left out
 
 
 @style()
