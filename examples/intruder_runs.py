@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from intruder_tasks import Task
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from taskvec import cli
 from taskvec.checkpoint import read_json_object
+from taskvec.lora import LoraSettings, inject
+from taskvec.lora_files import save_adapter
 from taskvec.output import output_directory, write_json
 
 RUN_FILE, HEAD_FILE, MODEL_DIR = "run.json", "head.safetensors", "model"
@@ -31,7 +32,8 @@ class Run:
         target: the held-out loss at which training ends.
         most_steps: and the number of steps at which it ends at the latest.
         check_every: how many steps lie between two looks at the held-out loss.
-        slow: the learning rate is a tenth of the other runs'.
+        seed: draws A, the batches, dropout and the task's head.
+        rate: the learning rate as a multiple of the other runs' of its method.
     """
 
     rank: int
@@ -41,12 +43,12 @@ class Run:
     most_steps: int
     check_every: int = 10
     seed: int = 0
-    slow: bool = False
+    rate: float = 1.0
 
     @property
     def label(self) -> str:
         name = f"r{self.rank}_alpha{self.alpha}" if self.rank else "full"
-        return f"{name}_slow" if self.slow else name
+        return name if self.rate == 1 else f"{name}_rate{self.rate:g}"
 
 
 def train_run(task: Task, run: Run, directory: Path) -> dict[str, Any]:
@@ -56,15 +58,21 @@ def train_run(task: Task, run: Run, directory: Path) -> dict[str, Any]:
 
     Returns:
         the content of run.json: the run, steps, held-out and pre-training loss.
+
+    Raises:
+        UserError: what was finished before is another run.
     """
     if (directory / RUN_FILE).is_file():
-        return read_json_object(directory / RUN_FILE)
+        return _finished(run, directory)
     started = time.monotonic()
     torch.manual_seed(run.seed)
     model = _prepared(task, run)
     held_out, steps = _train(task, run, model)
     with output_directory(directory, [RUN_FILE, HEAD_FILE, MODEL_DIR]) as partial:
-        model.save_pretrained(partial / MODEL_DIR)
+        if run.rank:
+            save_adapter(model, partial / MODEL_DIR, base_model=str(task.base))
+        else:
+            model.save_pretrained(partial / MODEL_DIR)
         if task.head is not None:
             save_file(dict(task.head.state_dict()), partial / HEAD_FILE)
         record = {
@@ -77,9 +85,18 @@ def train_run(task: Task, run: Run, directory: Path) -> dict[str, Any]:
         }
         write_json(partial / RUN_FILE, record)
     cli.notice(
-        f"{task.name} {run.label}: {steps} steps, held-out loss {held_out:.4f}, "
+        f"{task.name}, seed {run.seed}, {run.label}: {steps} steps, held-out loss {held_out:.4f}, "
         f"pre-training loss {record['pretraining_loss']:.4f}, {record['seconds']} s"
     )
+    return record
+
+
+def _finished(run: Run, directory: Path) -> dict[str, Any]:
+    record = read_json_object(directory / RUN_FILE)
+    if {key: record.get(key) for key in asdict(run)} != asdict(run):
+        raise cli.UserError(
+            f"{directory}: holds a run with other settings; remove it or give another --output_dir"
+        )
     return record
 
 
@@ -95,10 +112,7 @@ def _prepared(task: Task, run: Run) -> Any:
     if task.head is not None:
         task.head.reset_parameters()
     if run.rank:
-        config = LoraConfig(
-            r=run.rank, lora_alpha=run.alpha, target_modules=list(task.target_modules)
-        )
-        model = get_peft_model(model, config)
+        inject(model, LoraSettings(run.rank, run.alpha, task.target_modules))
     return model
 
 
@@ -118,7 +132,7 @@ def _train(task: Task, run: Run, model: Any) -> tuple[float, int]:
         torch.autograd.backward(task.batch_loss(model, generator))
         torch.nn.utils.clip_grad_norm_(parameters, _GRADIENT_NORM)
         optimiser.step()
-        if step % run.check_every == 0:
+        if step % run.check_every == 0 or step == run.most_steps:
             held_out = task.held_out(model)
             if held_out <= run.target:
                 break
