@@ -16,11 +16,12 @@ from taskvec.intruders.leading import RESIDUAL, Triplets, new_directions
 # LAPACK's SVD of the whole up to this many rows or columns for each triplet wanted.
 _WHOLE = 4
 # Up to this many for each triplet and each rank, and in all, the eigenvectors of the smaller Gram
-# matrix are the start: they take half of LAPACK's SVD, and less than the rounds without them.
-_GRAM, _GRAM_SIDE = 8, 640
+# matrix are the start: they take less than the rounds without them. In float32 from _SINGLE on,
+# where that saves more than the rounds that it costs.
+_GRAM, _GRAM_SIDE, _SINGLE = 8, 640, 320
 _HEAD, _UPDATE = 2, 64  # of the start: coordinates for each triplet, directions of the update
 _WIDTH, _ROUNDS = 10, 40  # columns for each triplet before a restart; rounds before LAPACK
-_NEAR = 1e-3  # of sigma^2: a coordinate whose own value is as near is no longer divided by less
+_NEAR = 1e-3  # of sigma^2: a value as near as that is taken to be so far
 _CHECKED, _GAP = 4, 1e-9  # gaps among the last triplets that the count is made in; of sigma_1
 
 
@@ -37,6 +38,10 @@ class Bracket:
     diagonal: torch.Tensor
     near: torch.Tensor
     far: torch.Tensor
+
+    @property
+    def T(self) -> Bracket:
+        return Bracket(self.diagonal, self.far, self.near)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -79,89 +84,145 @@ def bracket(diagonal: torch.Tensor, near: torch.Tensor, far: torch.Tensor) -> Br
     )
 
 
+@dataclass(frozen=True)
+class _Guess:
+    """What M^T M is nearly: V diag(squares) V^T.
+
+    Attributes:
+        start: (n, b) orthonormal columns that its leading eigenvectors are nearly spanned by.
+        squares: (n, 1).
+        vectors: V (n, n) in any precision; None where it is the identity.
+    """
+
+    start: torch.Tensor
+    squares: torch.Tensor
+    vectors: torch.Tensor | None = None
+
+    def corrections(self, residuals: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """(1 - V diag(squares) V^T / sigma^2)^-1 times residuals (n, b) of length 1.
+
+        Args:
+            residuals: none of them zero.
+            values: sigma (b,).
+        """
+        turned = residuals / torch.linalg.vector_norm(residuals, dim=0)
+        distance = 1.0 - self.squares / (values**2).clamp(min=torch.finfo(values.dtype).tiny)
+        distance = torch.where(distance.abs() < _NEAR, _NEAR, distance)
+        if self.vectors is not None:
+            turned = self.vectors.T @ turned.to(self.vectors.dtype)
+        step: torch.Tensor = turned / distance
+        if self.vectors is not None:
+            step = (self.vectors @ step.to(self.vectors.dtype)).double()
+        return step
+
+
 def bracket_triplets(matrix: Bracket, count: int) -> Triplets:
     """The first ``count`` singular triplets, as LAPACK would give them.
 
-    The best triplets with right vectors in a trial space (Rayleigh-Ritz) are improved by what the
-    diagonal makes of their residuals, (sigma^2 - S^2)^-1 (M^T u - sigma v), which joins the space
-    (Davidson, J. Comput. Phys. 17 (1975) 87), until each has ‖M^T u - sigma v‖ <= 2e-14 sigma_1, as
-    in `leading.leading_triplets`. That none was passed over is then counted (`_number_above`), up
-    to the widest gap among the last few: whoever needs k certain ones asks for four more. A small
-    matrix, one that does not converge and one whose count is wrong is left to LAPACK. The same
-    input gives the same bits.
+    The best triplets with right vectors in a trial space (Rayleigh-Ritz) are improved by what a
+    guess at M^T M makes of their residuals, (sigma^2 - guess)^-1 (M^T u - sigma v), which joins the
+    space (Davidson, J. Comput. Phys. 17 (1975) 87), until each has ‖M^T u - sigma v‖ <= 2e-14
+    sigma_1, as in `leading.leading_triplets`. The guess is S^2, and where the matrix is small, or
+    the rank not, the Gram matrix in few digits.
+
+    That no triplet was passed over is then counted (`_number_above`), up to the widest gap among
+    the last few: whoever needs k certain ones asks for four more. A very small matrix, one that
+    does not converge and one whose count is wrong is left to LAPACK. The same input gives the same
+    bits.
 
     Args:
         count: at most min(m, n).
     """
-    side, rank = min(matrix.shape), matrix.near.shape[1]
-    if side <= _WHOLE * count:
+    m, n = matrix.shape
+    if m < n:
+        found = bracket_triplets(matrix.T, count)
+        return Triplets(found.right, found.values, found.left)
+    rank = matrix.near.shape[1]
+    if n <= _WHOLE * count:
         return _whole(matrix, count)
-    by_gram = side <= min(_GRAM * (count + rank), _GRAM_SIDE)
-    basis = _gram_start(matrix, count) if by_gram else _start(matrix, count)
-    found = _rounds(matrix, basis, count)
-    if found is not None and (by_gram or _none_is_missing(matrix, found.values)):
-        return found
-    return _whole(matrix, count)
+    if n <= min(_GRAM * (count + rank), _GRAM_SIDE):
+        result = _rounds(matrix, _gram_guess(matrix, count), count)
+    else:
+        result = _rounds(matrix, _diagonal_guess(matrix, count), count)
+        if result is not None and not _none_is_missing(matrix, result.values):
+            result = None
+    return result or _whole(matrix, count)
 
 
-def _gram_start(matrix: Bracket, count: int) -> torch.Tensor:
-    """Leading right singular vectors, to the accuracy that squaring the matrix leaves."""
+def _gram_guess(matrix: Bracket, count: int) -> _Guess:
     whole = matrix.whole()
-    m, n = whole.shape
-    if n <= m:
-        return torch.linalg.eigh(whole.T @ whole).eigenvectors[:, -count:]
-    left = torch.linalg.eigh(whole @ whole.T).eigenvectors[:, -count:]
-    basis: torch.Tensor = torch.linalg.qr(whole.T @ left.flip(1)).Q
-    return basis
+    size = whole.abs().max().clamp(min=torch.finfo(whole.dtype).tiny)
+    scaled = whole / size
+    if len(matrix.far) >= _SINGLE:
+        scaled = scaled.float()
+    squares, vectors = torch.linalg.eigh(scaled.T @ scaled)
+    start = torch.linalg.qr(vectors[:, -count:].double()).Q
+    return _Guess(start, squares.double()[:, None] * size**2, vectors)
 
 
-def _start(matrix: Bracket, count: int) -> torch.Tensor:
+def _diagonal_guess(matrix: Bracket, count: int) -> _Guess:
     """The first coordinates, and the strongest directions of the update outside them."""
-    head, n = _HEAD * count, matrix.shape[1]
-    update = matrix.far[head:, :_UPDATE]
-    columns = min(head + update.shape[1], n // 2)
-    basis = torch.zeros(n, columns, dtype=torch.float64, device=update.device)
-    basis.diagonal()[:head] = 1.0
-    basis[head:, head:] = torch.linalg.qr(update[:, : columns - head]).Q
-    return basis
-
-
-def _rounds(matrix: Bracket, basis: torch.Tensor, count: int) -> Triplets | None:
-    """The triplets when all residuals are small enough; None where they do not become so.
-
-    Args:
-        basis: (n, b) orthonormal columns, b >= count: the trial space to begin with.
-    """
-    p, n = len(matrix.diagonal), matrix.shape[1]
-    squares = torch.zeros(n, 1, dtype=torch.float64, device=basis.device)
+    p, n = len(matrix.diagonal), len(matrix.far)
+    squares = torch.zeros(n, 1, dtype=torch.float64, device=matrix.far.device)
     squares[:p, 0] = matrix.diagonal**2
+    head = _HEAD * count
+    images = squares[:p].sqrt() * matrix.near[:p]
+    update = torch.cat([matrix.far[:p], images], 1)
+    columns = min(head + min(update.shape[1], _UPDATE), n // 2)
+    start = torch.zeros(n, columns, dtype=torch.float64, device=squares.device)
+    start.diagonal()[:head] = 1.0
+    start[head:, head:] = torch.linalg.qr(update[head:, : columns - head]).Q
+    return _Guess(start, squares)
+
+
+def _rounds(matrix: Bracket, guess: _Guess, count: int) -> Triplets | None:
+    """The triplets when all residuals are small enough; None where they do not become so."""
+    basis, exact, last = guess.start, False, float("inf")
     images = matrix.apply(basis)
     for _ in range(_ROUNDS):
-        image_basis, core = torch.linalg.qr(images)
-        left, values, turn = torch.linalg.svd(core, full_matrices=False)
-        found = Triplets(image_basis @ left[:, :count], values[:count], basis @ turn[:count].T)
-        residuals = matrix.adjoint(found.left) - found.right * found.values
-        open_ = torch.linalg.vector_norm(residuals, dim=0) > RESIDUAL * values[0]
-        if not bool(open_.any()):
-            return found
-        if basis.shape[1] + count > min(_WIDTH * count, n):
-            basis, images = basis @ turn[: 2 * count].T, images @ turn[: 2 * count].T
-        step = _corrections(residuals[:, open_], found.values[open_] ** 2, squares)
-        if basis.shape[1] + step.shape[1] > n:
-            break
+        left, values, turn = _best(images, count, exact=exact)
+        right = basis @ turn[:, :count]
+        residuals = matrix.adjoint(left) - right * values
+        sizes = torch.linalg.vector_norm(residuals, dim=0)
+        far = sizes > RESIDUAL * values[0]
+        if not bool(far.any()):
+            return Triplets(left, values, right)
+        worst = float(sizes.max())
+        if not exact and (worst <= 10 * RESIDUAL * float(values[0]) or worst > 0.5 * last):
+            exact = True  # the same space again, to the last digit
+            continue
+        last = worst
+        if basis.shape[1] + count > min(_WIDTH * count, len(basis)):
+            basis, images = basis @ turn[:, : 2 * count], images @ turn[:, : 2 * count]
+        step = guess.corrections(residuals[:, far], values[far])
+        if basis.shape[1] + step.shape[1] > len(basis):
+            return None
         step = new_directions(step, basis)
         basis = torch.cat([basis, step], 1)
         images = torch.cat([images, matrix.apply(step)], 1)
     return None
 
 
-def _corrections(
-    residuals: torch.Tensor, wanted: torch.Tensor, squares: torch.Tensor
-) -> torch.Tensor:
-    """(sigma^2 - S^2)^-1 times residuals (n, b); wanted: sigma^2 (b,), squares: S^2 (n, 1)."""
-    distance = wanted - squares
-    least = _NEAR * wanted
-    return residuals / torch.where(distance.abs() < least, least, distance)
+def _best(
+    images: torch.Tensor, count: int, *, exact: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rayleigh-Ritz in a space by its images (m, b): u (m, count), sigma (count,), and a rotation.
+
+    Args:
+        exact: by an SVD; else by the eigenvectors of the squares, in half the time and half the
+            digits where sigma_1 is much larger than the others.
+
+    Returns:
+        ..., the combinations (b, b) of the space's basis, the best first.
+    """
+    if exact:
+        basis, core = torch.linalg.qr(images)
+        left, values, turn = torch.linalg.svd(core)
+        return basis @ left[:, :count], values[:count], turn.T
+    turn = torch.linalg.eigh(images.T @ images).eigenvectors.flip(1)
+    best = images @ turn[:, :count]
+    values = torch.linalg.vector_norm(best, dim=0)
+    return best / torch.where(values > 0, values, 1.0), values, turn
 
 
 def _none_is_missing(matrix: Bracket, values: torch.Tensor) -> bool:
