@@ -8,7 +8,7 @@ import torch
 
 from taskvec.intruders import bracket as module
 from taskvec.intruders.basesvd import base_svd
-from taskvec.intruders.bracket import bracket, bracket_triplets
+from taskvec.intruders.bracket import Bracket, bracket_triplets
 from taskvec.intruders.directions import low_rank_directions
 from tests.test_intruders import random, reference, tensor, with_values
 
@@ -172,16 +172,18 @@ def test_how_many_values_lie_above_a_gap_is_counted(m, n, rank):
     M = P @ Q.T
     M[range(50), range(50)] += S
     sigma = np.linalg.svd(M, compute_uv=False)
-    matrix = bracket(tensor(S), tensor(P), tensor(Q))
+    matrix = Bracket(tensor(S), tensor(P), tensor(Q))
     for i in (0, 1, 9, 30, 48):
-        assert module._number_above(matrix, sigma[i + 1], sigma[i]) == i + 1
+        assert (
+            module._number_above(module._strongest_first(matrix), sigma[i + 1], sigma[i]) == i + 1
+        )
 
 
 def test_a_triplet_that_was_passed_over_is_found_by_lapack(monkeypatch):
     """The rounds are made to begin where the strongest direction is not, and to stop at once."""
     P, Q = np.zeros((200, 1)), np.zeros((200, 1))
     P[150], Q[150] = 50.0, 1.0
-    matrix = bracket(tensor(np.linspace(3.0, 1.0, 200)), tensor(P), tensor(Q))
+    matrix = Bracket(tensor(np.linspace(3.0, 1.0, 200)), tensor(P), tensor(Q))
 
     def blind(matrix, count):
         zeros = torch.zeros(200, 1, dtype=torch.float64)
@@ -196,10 +198,11 @@ def test_a_triplet_that_was_passed_over_is_found_by_lapack(monkeypatch):
 
 def test_factors_that_repeat_themselves_have_the_rank_of_their_product():
     P, Q = random(40, 1).repeat(5, 1), random(50, 1, seed=1).repeat(5, 1)
-    assert bracket(torch.ones(40), tensor(P), tensor(Q)).near.shape == (40, 1)
-    assert bracket(torch.ones(40), tensor(P * 0), tensor(Q)).near.shape == (40, 0)
-    matrix = bracket(torch.zeros(40, dtype=torch.float64), tensor(P), tensor(Q))
-    np.testing.assert_allclose(matrix.whole(), P @ Q.T, atol=1e-12)
+    zeros = torch.zeros(40, dtype=torch.float64)
+    found = module._strongest_first(Bracket(zeros, tensor(P), tensor(Q)))
+    assert found.near.shape == (40, 1)
+    np.testing.assert_allclose(found.whole(), P @ Q.T, atol=1e-12)
+    assert module._strongest_first(Bracket(zeros, tensor(P * 0), tensor(Q))).far.shape == (50, 0)
 
 
 def test_the_same_input_gives_the_same_bits(way):

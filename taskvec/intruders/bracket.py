@@ -27,12 +27,11 @@ _CHECKED, _GAP = 4, 1e-9  # gaps among the last triplets that the count is made 
 
 @dataclass(frozen=True)
 class Bracket:
-    """M = diag(S) + P Q^T, (m, n), where the diagonal may be shorter than both sides.
+    """M = diag(S) + P Q^T, (m, n), where the diagonal may be shorter than a side.
 
     Attributes:
         diagonal: S (p,), descending, not negative; p <= min(m, n).
-        near: P (m, r), and far: Q (n, r): columns orthogonal to each other within both, of the
-            same norms in both, largest first.
+        near: P (m, r), and far: Q (n, r).
     """
 
     diagonal: torch.Tensor
@@ -66,22 +65,6 @@ class Bracket:
         image = near @ (far.T @ x)
         image[:p] += self.diagonal[:, None] * x[:p]
         return image
-
-
-def bracket(diagonal: torch.Tensor, near: torch.Tensor, far: torch.Tensor) -> Bracket:
-    """`Bracket` of any factors, near (m, r) and far (n, r), by the SVD of their product.
-
-    What their product does not need to float64's last bit is left out: a factor of zeros, columns
-    that repeat each other, a rank larger than the matrix.
-    """
-    near_basis, near_core = torch.linalg.qr(near)
-    far_basis, far_core = torch.linalg.qr(far)
-    left, values, right = torch.linalg.svd(near_core @ far_core.T, full_matrices=False)
-    rank = int((values > torch.finfo(values.dtype).eps * values[:1]).sum())
-    root = values[:rank].sqrt()
-    return Bracket(
-        diagonal, near_basis @ (left[:, :rank] * root), far_basis @ (right[:rank].T * root)
-    )
 
 
 @dataclass(frozen=True)
@@ -137,16 +120,31 @@ def bracket_triplets(matrix: Bracket, count: int) -> Triplets:
     if m < n:
         found = bracket_triplets(matrix.T, count)
         return Triplets(found.right, found.values, found.left)
-    rank = matrix.near.shape[1]
     if n <= _WHOLE * count:
         return _whole(matrix, count)
-    if n <= min(_GRAM * (count + rank), _GRAM_SIDE):
+    if n <= min(_GRAM * (count + matrix.near.shape[1]), _GRAM_SIDE):
         result = _rounds(matrix, _gram_guess(matrix, count), count)
     else:
+        matrix = _strongest_first(matrix)
         result = _rounds(matrix, _diagonal_guess(matrix, count), count)
         if result is not None and not _none_is_missing(matrix, result.values):
             result = None
     return result or _whole(matrix, count)
+
+
+def _strongest_first(matrix: Bracket) -> Bracket:
+    """The same with the SVD of P Q^T in place of P and Q, half of each value in both.
+
+    What their product does not need to float64's last bit is left out: a factor of zeros, columns
+    that repeat each other, a rank larger than the matrix.
+    """
+    near_basis, near_core = torch.linalg.qr(matrix.near)
+    far_basis, far_core = torch.linalg.qr(matrix.far)
+    left, values, right = torch.linalg.svd(near_core @ far_core.T, full_matrices=False)
+    rank = int((values > torch.finfo(values.dtype).eps * values[:1]).sum())
+    root = values[:rank].sqrt()
+    near, far = near_basis @ (left[:, :rank] * root), far_basis @ (right[:rank].T * root)
+    return Bracket(matrix.diagonal, near, far)
 
 
 def _gram_guess(matrix: Bracket, count: int) -> _Guess:
@@ -161,7 +159,11 @@ def _gram_guess(matrix: Bracket, count: int) -> _Guess:
 
 
 def _diagonal_guess(matrix: Bracket, count: int) -> _Guess:
-    """The first coordinates, and the strongest directions of the update outside them."""
+    """The first coordinates, and the strongest directions of the update outside them.
+
+    Args:
+        matrix: from `_strongest_first`.
+    """
     p, n = len(matrix.diagonal), len(matrix.far)
     squares = torch.zeros(n, 1, dtype=torch.float64, device=matrix.far.device)
     squares[:p, 0] = matrix.diagonal**2

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import torch
 
 from taskvec.intruders.basesvd import BaseSVD
-from taskvec.intruders.bracket import bracket, bracket_triplets
+from taskvec.intruders.bracket import Bracket, bracket_triplets
 from taskvec.intruders.leading import Triplets, leading_triplets
 
 # Of the largest singular value: closer ones count as equal, smaller ones as zero. Float64 still
@@ -81,7 +81,7 @@ def low_rank_directions(
     more_left, into_left = _coordinates_of(base.left, B * scaling)
     more_right, into_right = _coordinates_of(base.right, A.T)
     p = len(base.values)
-    matrix = bracket(base.values, into_left, into_right)
+    matrix = Bracket(base.values, into_left, into_right)
     found = _whole_groups(lambda wanted: bracket_triplets(matrix, wanted), count, matrix.shape)
     left = base.left @ found.left[:p] + more_left @ found.left[p:]
     right = base.right @ found.right[:p] + more_right @ found.right[p:]

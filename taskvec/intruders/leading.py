@@ -86,8 +86,8 @@ def _round(
 
 
 def new_directions(block: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
-    """Orthonormal columns, orthogonal to a basis; three times, against cancellation."""
-    for _ in range(3):
+    """Orthonormal columns, orthogonal to a basis; twice, against cancellation."""
+    for _ in range(2):
         block = torch.linalg.qr(block - basis @ (basis.T @ block)).Q
     return block
 
