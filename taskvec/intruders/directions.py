@@ -129,7 +129,7 @@ def _whole_groups(leading: Callable[[int], Triplets], count: int, shape: Sequenc
         found = leading(wanted)
         values = found.values
         gaps = (-values.diff() > EQUAL * values[0]).nonzero().flatten() + 1
-        ends = [int(end) for end in gaps if end >= count]
+        ends = [end for end in gaps.tolist() if end >= count]
         if ends or wanted == most:
             break
         wanted = min(2 * wanted, most)
@@ -200,10 +200,10 @@ def _similarity(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """max over the base's groups of ‖coordinates within the group‖, and the group's first index."""
     columns = coordinates.shape[1]
-    squares = torch.where(null[:, None], 0.0, coordinates**2)
     if not len(groups):
         zeros = coordinates.new_zeros(columns)
         return zeros, zeros.long()
+    squares = torch.where(null[:, None], 0.0, coordinates**2)
     sums = squares.new_zeros(int(groups[-1]) + 1, columns)
     sums.index_add_(0, groups, squares)
     best, group = sums.max(0)
