@@ -81,6 +81,17 @@ class _Guess:
     squares: torch.Tensor
     vectors: torch.Tensor | None = None
 
+    def tells_apart(self, values: torch.Tensor) -> bool:
+        """Whether eigenvectors of the whole, in the precision of V, can have missed none of these.
+
+        Squares have an error of some epsilons sigma_1^2, their roots one of as many sigma_1^2 /
+        sigma.
+        """
+        if self.vectors is None:
+            return False
+        error = 100 * torch.finfo(self.vectors.dtype).eps
+        return error * float(values[0]) <= _GAP * float(values[-1])
+
     def corrections(self, residuals: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """(1 - V diag(squares) V^T / sigma^2)^-1 times residuals (n, b) of length 1.
 
@@ -108,10 +119,10 @@ def bracket_triplets(matrix: Bracket, count: int) -> Triplets:
     sigma_1, as in `leading.leading_triplets`. The guess is S^2, and where the matrix is small, or
     the rank not, the Gram matrix in few digits.
 
-    That no triplet was passed over is then counted (`_number_above`), up to the widest gap among
-    the last few: whoever needs k certain ones asks for four more. A very small matrix, one that
-    does not converge and one whose count is wrong is left to LAPACK. The same input gives the same
-    bits.
+    That no triplet was passed over is then counted (`_number_above`), where the guess cannot tell,
+    up to the widest gap among the last few: whoever needs k certain ones asks for four more. A very
+    small matrix, one that does not converge and one whose count is wrong is left to LAPACK. The
+    same input gives the same bits.
 
     Args:
         count: at most min(m, n).
@@ -123,13 +134,15 @@ def bracket_triplets(matrix: Bracket, count: int) -> Triplets:
     if n <= _WHOLE * count:
         return _whole(matrix, count)
     if n <= min(_GRAM * (count + matrix.near.shape[1]), _GRAM_SIDE):
-        result = _rounds(matrix, _gram_guess(matrix, count), count)
+        guess = _gram_guess(matrix, count)
     else:
         matrix = _strongest_first(matrix)
-        result = _rounds(matrix, _diagonal_guess(matrix, count), count)
-        if result is not None and not _none_is_missing(matrix, result.values):
-            result = None
-    return result or _whole(matrix, count)
+        guess = _diagonal_guess(matrix, count)
+    result = _rounds(matrix, guess, count)
+    if result is None:
+        return _whole(matrix, count)
+    certain = guess.tells_apart(result.values) or _none_is_missing(matrix, result.values)
+    return result if certain else _whole(matrix, count)
 
 
 def _strongest_first(matrix: Bracket) -> Bracket:
@@ -259,13 +272,23 @@ def _number_above(matrix: Bracket, below: float, above: float) -> int:
     choices = choices.to(squares.device) ** 2
     mu = choices[(choices[:, None] - squares).abs().amin(1).argmax()]
     shifted = squares - mu
-    Z = torch.cat([torch.zeros_like(matrix.far), matrix.far], 1)
-    Z[:p, :rank] = matrix.diagonal[:, None] * matrix.near[:p]
+    near, far = _balanced(matrix.near, matrix.far)
+    Z = torch.cat([torch.zeros_like(far), far], 1)
+    Z[:p, :rank] = matrix.diagonal[:, None] * near[:p]
     core = -Z.T @ (Z / shifted[:, None])
-    core[:rank, :rank] += matrix.near.T @ matrix.near
+    core[:rank, :rank] += near.T @ near
     core[:rank, rank:].diagonal().sub_(1.0)
     core[rank:, :rank].diagonal().sub_(1.0)
     return int((shifted > 0).sum()) + int((torch.linalg.eigvalsh(core) > 0).sum()) - rank
+
+
+def _balanced(near: torch.Tensor, far: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """P and Q with the same product and the same norm."""
+    sizes = torch.linalg.vector_norm(near), torch.linalg.vector_norm(far)
+    if not bool(sizes[0] * sizes[1] > 0):
+        return near * 0.0, far * 0.0
+    factor = torch.sqrt(sizes[1] / sizes[0])
+    return near * factor, far / factor
 
 
 def _whole(matrix: Bracket, count: int) -> Triplets:
