@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks import benchmark, inputs
+from benchmarks import benchmark, inputs, intruder_speed
 from benchmarks.measure import CommandFailed, Measured, measure
 from benchmarks.table import Row, WidthResult
 from taskvec.adapter import open_adapter
@@ -180,3 +180,18 @@ def _wait(condition) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_the_speed_of_intruders_is_given_for_any_shape_and_the_verdicts_compared(
+    monkeypatch, capsys
+):
+    monkeypatch.setattr(intruder_speed, "REPEAT_SECONDS", 0.0)
+    flags = ["--device", "cpu", "--sizes", "24", "60x90", "90x60"]
+    assert intruder_speed.main(flags) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines[2:]] == ["24 × 24", "60 × 90", "90 × 60"]
+    assert all(line.split()[-1] == "yes" for line in lines[2:])
+
+    monkeypatch.setattr(intruder_speed, "_dense_verdict", lambda left, tuned: [-1])
+    assert intruder_speed.main(flags) == 1
+    assert intruder_speed.main(["--sizes", "6x"]) == 2

@@ -21,13 +21,14 @@ Everything is float64.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from taskvec.intruders.basesvd import BaseSVD
-from taskvec.intruders.leading import Operator, Triplets, leading_triplets, matrix_operator
+from taskvec.intruders.bracket import Bracket, bracket_triplets
+from taskvec.intruders.leading import Triplets, leading_triplets
 
 # Of the largest singular value: closer ones count as equal, smaller ones as zero. Float64 still
 # tells vectors apart to 1e-6 there, and no verdict hangs on less.
@@ -80,22 +81,8 @@ def low_rank_directions(
     more_left, into_left = _coordinates_of(base.left, B * scaling)
     more_right, into_right = _coordinates_of(base.right, A.T)
     p = len(base.values)
-    diagonal = base.values[:, None]
-
-    def product(x: torch.Tensor, rows: int, near: torch.Tensor, far: torch.Tensor) -> torch.Tensor:
-        image = near @ (far.T @ x)
-        image[:p] += diagonal * x[:p]
-        return image
-
-    m, n = len(into_left), len(into_right)
-    operator = Operator(
-        (m, n),
-        lambda x: product(x, m, into_left, into_right),
-        lambda y: product(y, n, into_right, into_left),
-        lambda columns: torch.eye(n, columns, dtype=torch.float64, device=B.device),
-        B.device,
-    )
-    found = _whole_groups(operator, count)
+    matrix = Bracket(base.values, into_left, into_right)
+    found = _whole_groups(lambda wanted: bracket_triplets(matrix, wanted), count, matrix.shape)
     left = base.left @ found.left[:p] + more_left @ found.left[p:]
     right = base.right @ found.right[:p] + more_right @ found.right[p:]
     beyond = torch.linalg.vector_norm(found.left[p:], dim=0)
@@ -106,7 +93,9 @@ def low_rank_directions(
 
 def dense_directions(base: BaseSVD, tuned: torch.Tensor, count: int) -> TunedDirections:
     """The directions of any tuned matrix. tuned: (m, n) float64; otherwise as above."""
-    found = _whole_groups(matrix_operator(tuned, base.right), count)
+    found = _whole_groups(
+        lambda wanted: leading_triplets(tuned, wanted, base.right), count, tuned.shape
+    )
     coordinates = base.left.T @ found.left
     tall = tuned.shape[0] > tuned.shape[1]
     rest = found.left - base.left @ coordinates if tall else found.left[:0]
@@ -125,18 +114,22 @@ def _coordinates_of(
     return more, torch.cat([inside, again @ rest])
 
 
-def _whole_groups(operator: Operator, count: int) -> Triplets:
+def _whole_groups(leading: Callable[[int], Triplets], count: int, shape: Sequence[int]) -> Triplets:
     """At least the first ``count`` triplets, cut where a group of equal singular values ends.
 
     Those that are zero are left out: their vectors are no directions of the matrix.
+
+    Args:
+        leading: gives that many of the first triplets.
+        shape: of the matrix.
     """
-    most = min(operator.shape)
+    most = min(shape)
     wanted = min(count + _BEYOND, most)
     while True:
-        found = leading_triplets(operator, wanted)
+        found = leading(wanted)
         values = found.values
         gaps = (-values.diff() > EQUAL * values[0]).nonzero().flatten() + 1
-        ends = [int(end) for end in gaps if end >= count]
+        ends = [end for end in gaps.tolist() if end >= count]
         if ends or wanted == most:
             break
         wanted = min(2 * wanted, most)
@@ -207,10 +200,10 @@ def _similarity(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """max over the base's groups of ‖coordinates within the group‖, and the group's first index."""
     columns = coordinates.shape[1]
-    squares = torch.where(null[:, None], 0.0, coordinates**2)
     if not len(groups):
         zeros = coordinates.new_zeros(columns)
         return zeros, zeros.long()
+    squares = torch.where(null[:, None], 0.0, coordinates**2)
     sums = squares.new_zeros(int(groups[-1]) + 1, columns)
     sums.index_add_(0, groups, squares)
     best, group = sums.max(0)

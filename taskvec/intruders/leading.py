@@ -1,4 +1,4 @@
-"""The leading singular triplets of a matrix that can be multiplied but need not be formed.
+"""The leading singular triplets of any matrix.
 
 Block Krylov with Rayleigh-Ritz and restarts, carried on until the residuals are at rounding level,
 so that the answer can stand in for a dense SVD. Everything is float64.
@@ -6,12 +6,9 @@ so that the answer can stand in for a dense SVD. Everything is float64.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-
-Product = Callable[[torch.Tensor], torch.Tensor]
 
 # ‖A^T u - sigma v‖ at most this many sigma_1: LAPACK's own backward error is of that size.
 RESIDUAL = 2e-14
@@ -23,25 +20,6 @@ DENSE_SIDE = 512
 
 
 @dataclass(frozen=True)
-class Operator:
-    """A matrix A (m, n) by its products.
-
-    Attributes:
-        apply: X (n, b) -> A X (m, b), float64.
-        adjoint: Y (m, b) -> A^T Y (n, b), float64.
-        start: b -> (n, b) orthonormal columns: where its leading right singular vectors are
-            suspected; b is at most a fraction of min(m, n).
-        device: where its factors are.
-    """
-
-    shape: tuple[int, int]
-    apply: Product
-    adjoint: Product
-    start: Callable[[int], torch.Tensor]
-    device: torch.device
-
-
-@dataclass(frozen=True)
 class Triplets:
     """left (m, k) and right (n, k) orthonormal columns; values (k,) in descending order."""
 
@@ -50,18 +28,7 @@ class Triplets:
     right: torch.Tensor
 
 
-def matrix_operator(matrix: torch.Tensor, suspected: torch.Tensor) -> Operator:
-    """`Operator` of a float64 matrix in memory; suspected: right singular vectors, in order."""
-    return Operator(
-        (matrix.shape[0], matrix.shape[1]),
-        lambda x: matrix @ x,
-        lambda y: matrix.T @ y,
-        lambda columns: suspected[:, :columns],
-        matrix.device,
-    )
-
-
-def leading_triplets(operator: Operator, count: int) -> Triplets:
+def leading_triplets(matrix: torch.Tensor, count: int, suspected: torch.Tensor) -> Triplets:
     """The first ``count`` singular triplets, as LAPACK would give them.
 
     From a block that is carried through A^T A a few times (Musco and Musco, arXiv 1504.05477,
@@ -71,19 +38,21 @@ def leading_triplets(operator: Operator, count: int) -> Triplets:
     that does not converge, is left to LAPACK. The same input gives the same bits.
 
     Args:
-        operator: A (m, n).
+        matrix: A (m, n) float64.
         count: k, at most min(m, n).
+        suspected: (n, p) orthonormal columns, p a good part of min(m, n): what its right singular
+            vectors may be, in order. They are where the search begins.
     """
     width = count + _EXTRA
-    if min(operator.shape) <= max(DENSE_SIDE, width * _STEPS):
-        return _dense(operator, count)
+    if min(matrix.shape) <= max(DENSE_SIDE, width * _STEPS):
+        return _dense(matrix, count)
     generator = torch.Generator().manual_seed(0)
-    block = _shaken(operator.start(width), generator)
+    block = _shaken(suspected[:, :width], generator)
     for _ in range(_RESTARTS):
-        found, residuals, block = _round(operator, block, count)
+        found, residuals, block = _round(matrix, block, count)
         if bool((residuals <= RESIDUAL * found.values[0]).all()):
             return found
-    return _dense(operator, count)
+    return _dense(matrix, count)
 
 
 def _shaken(start: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -94,18 +63,18 @@ def _shaken(start: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def _round(
-    operator: Operator, block: torch.Tensor, count: int
+    matrix: torch.Tensor, block: torch.Tensor, count: int
 ) -> tuple[Triplets, torch.Tensor, torch.Tensor]:
     """One cycle: the triplets, the norms of A^T u - sigma v, and the block to go on with."""
     width = block.shape[1]
-    basis, images = block, operator.apply(block)
-    grams = operator.adjoint(images)
+    basis, images = block, matrix @ block
+    grams = matrix.T @ images
     for _ in range(_STEPS - 1):
-        block = _new_directions(grams[:, -width:], basis)
+        block = new_directions(grams[:, -width:], basis)
         basis = torch.cat([basis, block], 1)
-        image = operator.apply(block)
+        image = matrix @ block
         images = torch.cat([images, image], 1)
-        grams = torch.cat([grams, operator.adjoint(image)], 1)
+        grams = torch.cat([grams, matrix.T @ image], 1)
     image_basis, core = torch.linalg.qr(images)
     left, values, rotation = torch.linalg.svd(core)
     turned = rotation.T[:, :width]
@@ -116,14 +85,13 @@ def _round(
     return found, torch.linalg.vector_norm(residual[:, :count], dim=0), right
 
 
-def _new_directions(block: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
-    """Orthonormal columns, orthogonal to a basis; three times, against cancellation."""
-    for _ in range(3):
+def new_directions(block: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+    """Orthonormal columns, orthogonal to a basis; twice, against cancellation."""
+    for _ in range(2):
         block = torch.linalg.qr(block - basis @ (basis.T @ block)).Q
     return block
 
 
-def _dense(operator: Operator, count: int) -> Triplets:
-    identity = torch.eye(operator.shape[1], dtype=torch.float64, device=operator.device)
-    left, values, right = torch.linalg.svd(operator.apply(identity), full_matrices=False)
+def _dense(matrix: torch.Tensor, count: int) -> Triplets:
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     return Triplets(left[:, :count], values[:count], right[:count].T)
