@@ -182,7 +182,7 @@ class ParameterResult:
         if self.comparison is None:
             return False
         certificate = self.comparison.certificate
-        return certificate.violations > 0 and certificate.lost == certificate.changed_by_update
+        return 0 < certificate.lost == certificate.changed_by_update and certificate.violations > 0
 
 
 def is_zero(rows: torch.Tensor) -> bool:
