@@ -246,6 +246,11 @@ def row_blocks(info: TensorInfo, elements: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, info.rows)
 
 
+def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Whether two tensors of one dtype and size are the same, byte for byte; NaN is NaN's equal."""
+    return torch.equal(left.reshape(-1).view(torch.uint8), right.reshape(-1).view(torch.uint8))
+
+
 def _bytes_of(buffer: torch.Tensor) -> memoryview:
     return memoryview(buffer.numpy())  # type: ignore[arg-type]
 

@@ -16,6 +16,7 @@ import compare_lora_task_vector
 from compare_lora_task_vector import compare
 from extract_task_vectors import extract
 from merge_lora import merge
+from taskvec.cli import UserError
 from tests.models import make_adapter, make_base
 
 # DESIGN: the keys that every consumer of comparison_results.json may rely on.
@@ -294,6 +295,22 @@ def test_files_can_be_switched_off(chain: Path, tmp_path: Path) -> None:
         "comparison_results.json",
         "lora_deltas.safetensors",
     }
+
+
+def test_a_merged_model_with_another_integer_buffer_is_refused(chain: Path, tmp_path: Path) -> None:
+    """No task vector can hold it, so that no certificate would be of the whole model."""
+    for name, steps in (("base", torch.arange(3)), ("merged_fp32", torch.arange(3) + 1)):
+        shutil.copytree(chain / name, tmp_path / name)
+        file = tmp_path / name / "model.safetensors"
+        save_file(load_file(file) | {"model.steps": steps}, file)
+    with pytest.raises(UserError, match=r"merged_fp32: model\.steps .* differs from the base's"):
+        compare(
+            str(tmp_path / "base"),
+            str(chain / "lora"),
+            tmp_path / "out",
+            finetuned_model=str(tmp_path / "merged_fp32"),
+        )
+    assert not (tmp_path / "out").exists()
 
 
 def test_both_subjects_at_once_are_refused(
