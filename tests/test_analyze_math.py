@@ -449,8 +449,8 @@ def test_a_stack_of_matrices_is_one_tall_matrix_in_every_number(tmp_path, no_fig
     noise = 1e-3 * torch.randn(delta.shape, generator=generator)
     for name, matrix in (("deltas", delta), ("vector", delta + noise)):
         save_file({"mlp.experts": matrix.view(3, 40, 50)}, tmp_path / f"{name}.safetensors")
-    files = (tmp_path / f"{name}.safetensors" for name in ("deltas", "vector"))
-    document = script.analyze(*files, tmp_path / "out", device="cpu").document
+    deltas, vector = (tmp_path / f"{name}.safetensors" for name in ("deltas", "vector"))
+    document = script.analyze(deltas, vector, tmp_path / "out", device="cpu").document
     recovery = next(p for p in document["summary"]["predictions"] if p["name"] == "recovery")
     assert recovery["measured"]["median"] == pytest.approx(1, abs=0.1)
 

@@ -134,6 +134,25 @@ def test_every_changed_parameter_is_explained(
     assert shares == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("base_precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_base_that_was_rounded_for_the_subtraction_explains_what_that_left(
+    chain: Path, tmp_path: Path, precision: str, base_precision: str
+) -> None:
+    """T = W - R(W) of a parameter that an fp32 merge leaves alone: nothing of it was trained."""
+    base, merged = str(chain / "base"), str(chain / f"merged_{precision}")
+    extract(base, merged, tmp_path / "tv", base_precision=base_precision)
+    document = run(chain, tmp_path / "out", task_vector_path=tmp_path / "tv")
+    certificate = document["summary"]["certificate"]
+    assert certificate["verdict"] == "exact"
+    assert certificate["unexplained_parameters"] == []
+    casts = 0 if precision == base_precision else 27
+    assert certificate["attribution"]["cast"]["parameters"] == casts
+    shown = {entry["cast_format"] for entry in document["parameters"].values()} - {None}
+    expected = base_precision if precision == "fp32" else precision
+    assert shown == ({expected} if casts else set())
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_merged_model_and_task_vector_are_judged_alike(
     chain: Path, tmp_path: Path, precision: str
