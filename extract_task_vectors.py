@@ -116,7 +116,7 @@ def extract(
         torch_device = cli.pick_device(device)
         vector = FormedTaskVector(finetuned_model, merged, FORMATS.get(base_precision))
         tensors = {name: info for name, info in base.tensors.items() if info.is_float}
-        _check_other_tensors(vector, base, bar)
+        vector.check_other_tensors(base, bar.update)
         metadata = {BASE_PRECISION: base_precision, MERGED_PRECISION: precision_of(merged)}
         specs = [(name, torch.float32, info.shape) for name, info in tensors.items()]
         with TensorFileWriter(partial / TASK_VECTOR_FILE, specs, metadata) as writer:
@@ -185,22 +185,6 @@ def _extract_tensor(
             writer.write(info.name, rows, start)
         bar.update(stored.numel() * (info.dtype.itemsize + merged_itemsize))
     return magnitude
-
-
-def _check_other_tensors(vector: FormedTaskVector, base: Checkpoint, bar: tqdm[Any]) -> None:
-    """Tensors that are no floats have no difference to store, so they must be the same."""
-    import torch
-
-    for name, info in base.tensors.items():
-        if info.is_float or vector.is_zero(name):
-            continue
-        other = vector.merged.tensors[name]
-        if info.dtype != other.dtype or not torch.equal(base.read(name), vector.merged.read(name)):
-            raise cli.UserError(
-                f"{vector.source}: {name} ({other.dtype}) differs from the base's ({info.dtype}); "
-                "only float tensors can be subtracted"
-            )
-        bar.update(info.nbytes + other.nbytes)
 
 
 def _body(args: argparse.Namespace) -> int:

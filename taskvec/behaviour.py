@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -67,17 +69,25 @@ def prompt_logits(model: Any, token_ids: Sequence[list[int]]) -> list[torch.Tens
 
 
 def agreement(reference: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> Agreement:
-    """Compare two lists of logits (length, vocabulary); the statistics are taken in float64."""
+    """Compare two lists of logits (length, vocabulary); the statistics are taken in float64.
+
+    A distance that is infinite or not a number, as one NaN among the weights makes it, is float64's
+    largest: JSON has no word for it, and it is no agreement.
+    """
     expected, found = torch.cat(list(reference)).double(), torch.cat(list(other)).double()
     log_p, log_q = expected.log_softmax(-1), found.log_softmax(-1)
     kl = (log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0)
     return Agreement(
-        max_logit_difference=float((expected - found).abs().max()),
-        mean_kl=float(kl.mean()),
-        max_kl=float(kl.max()),
+        max_logit_difference=_finite(float((expected - found).abs().max())),
+        mean_kl=_finite(float(kl.mean())),
+        max_kl=_finite(float(kl.max())),
         equal_top1=float((expected.argmax(-1) == found.argmax(-1)).double().mean()),
         positions=expected.shape[0],
     )
+
+
+def _finite(distance: float) -> float:
+    return distance if math.isfinite(distance) else sys.float_info.max
 
 
 def obstacle(base: Checkpoint, device: torch.device) -> str | None:

@@ -19,11 +19,10 @@ from taskvec.header import TensorInfo
 from taskvec.spectrum import (
     DENSE_ELEMENTS,
     DENSE_SIDE,
-    GramStep,
     effective_rank,
-    krylov_spectrum,
     singular_values,
     stable_rank,
+    streamed_krylov,
 )
 from taskvec.subject import Subject
 
@@ -168,32 +167,9 @@ def _spectrum(
         matrix = torch.cat([rows for _, rows in subject.blocks(info.name, device)])
         values = singular_values(matrix)
         return values, None, float(values[0])
-    step = _gram_step(subject, info, device)
-    found = krylov_spectrum(step, min(info.shape), LEADING, device)
-    return found.nodes, None if found.exact else found.weights, found.largest
-
-
-def _gram_step(subject: Subject, info: TensorInfo, device: torch.device) -> GramStep:
-    """Products with T, or with its transpose if it is wider than tall, block by block."""
-    rows, columns = info.shape
-
-    def tall(block: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        image = torch.empty(rows, block.shape[1], dtype=torch.float64, device=device)
-        gram = torch.zeros_like(block)
-        for start, part in subject.blocks(info.name, device):
-            matrix = part.double()
-            product = matrix @ block
-            image[start : start + part.shape[0]] = product
-            gram += matrix.T @ product
-        return image, gram
-
-    def wide(block: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        image = torch.zeros(columns, block.shape[1], dtype=torch.float64, device=device)
-        for start, part in subject.blocks(info.name, device):
-            image += part.double().T @ block[start : start + part.shape[0]]
-        gram = torch.empty_like(block)
-        for start, part in subject.blocks(info.name, device):
-            gram[start : start + part.shape[0]] = part.double() @ image
-        return image, gram
-
-    return tall if rows >= columns else wide
+    found = streamed_krylov(
+        lambda: ((start, rows.double()) for start, rows in subject.blocks(info.name, device)),
+        (info.shape[0], info.shape[1]),
+        LEADING,
+    )
+    return found.nodes, found.weights, found.largest

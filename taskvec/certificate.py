@@ -10,6 +10,7 @@ allows (`rounding.bound_rows`). What is needed only when something is wrong is c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -23,6 +24,7 @@ from taskvec.rounding import (
     U32,
     Family,
     Format,
+    all_finite,
     bound_rows,
     families,
     half_ulp,
@@ -266,6 +268,9 @@ class ParameterCertificate:
             )
             ratio = error / bound
             largest = float(ratio.amax())
+            if not (math.isfinite(largest) and all_finite(bound)):
+                ratio = _where_bounded(ratio, bound, error)
+                largest = float(ratio.amax())
             if largest <= 1 or self._level + 1 == len(self._families):
                 break
             self._level += 1
@@ -302,6 +307,16 @@ class ParameterCertificate:
                 delta=float(delta.flatten()[place]),
                 bound=float(bound.flatten()[place]),
             )
+
+
+def _where_bounded(ratio: torch.Tensor, bound: torch.Tensor, error: torch.Tensor) -> torch.Tensor:
+    """|T - delta| against its bound where one of them overflows fp32.
+
+    A bound that is infinite certifies nothing, and what it is the bound of (a factor or a product
+    beyond the format) would have left no finite M: there any difference is a violation.
+    """
+    open_ended = ~torch.isfinite(bound) | ~torch.isfinite(error)
+    return ratio.masked_fill(open_ended, FP32.largest).masked_fill(error == 0, 0.0)
 
 
 def _histogram(half_ulps: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ from taskvec.certificate import Block, ParameterCertificate
 from taskvec.checkpoint import Checkpoint
 from taskvec.cli import UserError
 from taskvec.difference import Difference, count_differing, count_nonzero, is_zero
-from taskvec.rounding import NARROW_FORMATS, Format, all_finite, subtract_rows
+from taskvec.rounding import FP32, NARROW_FORMATS, Format, all_finite, loses, subtract_rows
 from taskvec.taskvector import TaskVector
 from taskvec.tensorfile import row_blocks, to_device
 from taskvec.update import Update
@@ -141,7 +141,8 @@ class ParameterResult:
 
     Attributes:
         kind: "lora" (explained by the adapter), "unchanged" (zero), "cast" (the base's own
-            rounding to the format it is stored in, bit for bit) or "unexplained".
+            rounding to the format that it is stored in or was subtracted in, bit for bit) or
+            "unexplained".
         cast_format: the format whose rounding all of T is; of an "unexplained" one, a format that
             the model is not stored in.
         comparison: for parameters that the adapter changes.
@@ -187,7 +188,7 @@ class ParameterResult:
         if self.comparison is None:
             return False
         certificate = self.comparison.certificate
-        return certificate.violations > 0 and certificate.lost == certificate.changed_by_update
+        return 0 < certificate.lost == certificate.changed_by_update and certificate.violations > 0
 
 
 def read_blocks(
@@ -246,13 +247,16 @@ def attribute_parameter(
 ) -> ParameterResult:
     """Say why a parameter that the adapter does not touch has the task vector that it has.
 
-    Storing the base in a smaller format explains it. Having passed through one does not: a model
-    stored in fp32 has no reason to hold weights that were rounded to fp16.
+    Storing the base in a smaller format explains it, and so does having rounded the base before it
+    was subtracted. Having passed through a format does not: a model stored in fp32 has no reason to
+    hold weights that were rounded to fp16.
     """
     info, magnitude = base.tensors[name], Magnitude()
     if vector.is_zero(name):
         return ParameterResult(name, info.shape, UNCHANGED, magnitude)
     casts = list(NARROW_FORMATS)
+    if vector.base_format is not None or loses(info.dtype, FP32):
+        casts.append(FP32)  # elsewhere W in fp32 is W, and T would be zero
     for block in read_blocks(base, vector, name, device):
         casts = [format for format in casts if _is_cast(block, format)]
         if not is_zero(block.task_vector):
@@ -261,8 +265,10 @@ def attribute_parameter(
         return ParameterResult(name, info.shape, UNCHANGED, magnitude)
     if casts and not magnitude.non_finite:
         stored = [format for format in casts if format in vector.formats(name)]
-        kind = CAST if stored else UNEXPLAINED
-        return ParameterResult(name, info.shape, kind, magnitude, (stored or casts)[0].name)
+        kind, cast = CAST if stored else UNEXPLAINED, (stored or casts)[0]
+        if cast is FP32 and vector.base_format is not None:
+            cast = vector.base_format  # M is W; what rounded it was the subtraction
+        return ParameterResult(name, info.shape, kind, magnitude, cast.name)
     return ParameterResult(name, info.shape, UNEXPLAINED, magnitude)
 
 

@@ -282,7 +282,8 @@ def bound_rows(
     if of_base is not None:
         bound += of_base
     # Adding what underflow can do would put subnormal numbers, which are slow, into every element.
-    return bound.mul_(_EVALUATION_SLACK).clamp_min_(update.underflow() * _UNDERFLOW_FLOOR)
+    floor = min(update.underflow() * _UNDERFLOW_FLOOR, FP32.largest)
+    return bound.mul_(_EVALUATION_SLACK).clamp_min_(floor)
 
 
 def product_error(
@@ -336,7 +337,7 @@ def delta_error(
     """
     relative = gamma(update.rank + (1 if _is_fp32(update.scaling) else 2))
     relative *= 1 + 2 * relative  # |B| @ |A| may itself be computed in fp32
-    return update.magnitude(start, stop, dtype).mul_(relative)
+    return update.magnitude(start, stop, dtype, times=relative)
 
 
 def underflow_of_products(update: Product) -> float:

@@ -117,6 +117,11 @@ def streamed_spectrum(blocks: Blocks, shape: tuple[int, int], leading: int) -> S
     """`spectrum` of a matrix on disk, which is read whole only up to 2^24 elements (128 MiB)."""
     if shape[0] * shape[1] <= DENSE_ELEMENTS:
         return spectrum(torch.cat([rows for _, rows in blocks()]), leading)
+    return streamed_krylov(blocks, shape, leading)
+
+
+def streamed_krylov(blocks: Blocks, shape: tuple[int, int], leading: int) -> Spectrum:
+    """`krylov_spectrum` of a matrix on disk, which is read again for every product."""
     device = next(blocks())[1].device
     if shape[0] >= shape[1]:
         return krylov_spectrum(_streamed_step(blocks), shape[1], leading, device)

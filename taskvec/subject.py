@@ -132,4 +132,6 @@ def open_vector(
         if base is None:
             raise UserError("--finetuned_model needs --base_model, which is subtracted from it")
         with open_checkpoint(finetuned_model) as merged:
-            yield FormedTaskVector(finetuned_model, aligned(base, merged)), merged.paths
+            formed = FormedTaskVector(finetuned_model, aligned(base, merged))
+            formed.check_other_tensors(base)
+            yield formed, merged.paths

@@ -7,7 +7,7 @@ Task arithmetic: Ilharco et al., arXiv 2212.04089, section 2. Both sources hand 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -21,7 +21,7 @@ from taskvec.difference import is_zero
 from taskvec.header import TensorInfo
 from taskvec.names import aligned
 from taskvec.rounding import BF16, FORMATS, FP16, FP32, Format, all_finite, subtract_rows
-from taskvec.tensorfile import TensorFile, same_bytes, to_device
+from taskvec.tensorfile import TensorFile, same_bits, to_device
 from taskvec.ties import set_copies_aside
 
 TASK_VECTOR_FILE = "task_vector.safetensors"
@@ -148,6 +148,29 @@ class FormedTaskVector:
     def is_cached(self, name: str) -> bool:
         return name in self.merged.tensors and self.merged.is_cached(name)
 
+    def check_other_tensors(
+        self, base: Checkpoint, advance: Callable[[int], object] = lambda nbytes: None
+    ) -> None:
+        """Tensors that are no floats have no difference that T could hold: they must be the same.
+
+        Args:
+            advance: told of the bytes of each of them, in both models.
+
+        Raises:
+            UserError: names the first that differs.
+        """
+        for name, info in base.tensors.items():
+            if info.is_float or self.is_zero(name):
+                continue
+            other = self.merged.tensors[name]
+            alike = info.dtype == other.dtype
+            if not alike or not same_bits(base.read(name), self.merged.read(name)):
+                raise UserError(
+                    f"{self.source}: {name} ({other.dtype}) differs from the base's "
+                    f"({info.dtype}); only float tensors can be subtracted"
+                )
+            advance(info.nbytes + other.nbytes)
+
     def block(self, base: torch.Tensor, name: str, start: int, stop: int) -> Block:
         merged = base
         if name in self.merged.tensors:
@@ -165,7 +188,7 @@ class FormedTaskVector:
             base: the same rows of the base as stored, on the CPU.
         """
         merged = self.merged.read(name, start, stop)
-        if self.base_format is None and same_bytes(base, merged) and all_finite(base):
+        if self.base_format is None and same_bits(base, merged) and all_finite(base):
             return None
         subtracted = _subtracted(to_device(base, device), self.base_format)
         rows = subtract_rows(to_device(merged, device), subtracted)

@@ -239,13 +239,6 @@ class TensorFileWriter:
             os.close(self._fd)
 
 
-def same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors on the CPU, of one shape and each in one piece, hold the same bits."""
-    if one.dtype != other.dtype:
-        return False
-    return bool(_memcmp(one.data_ptr(), other.data_ptr(), one.nbytes) == 0)
-
-
 def to_device(rows: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Rows on a device; to a GPU from pinned memory, so that this thread need not wait for them."""
     if device.type != "cuda" or rows.device.type != "cpu":
@@ -261,6 +254,16 @@ def row_blocks(info: TensorInfo, elements: int) -> Iterator[tuple[int, int]]:
     step = max(1, elements // info.row_elements if info.row_elements else info.rows)
     for start in range(0, info.rows, step):
         yield start, min(start + step, info.rows)
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors on the CPU, of one shape and each in one piece, are the same bit for bit.
+
+    NaN is NaN's equal, and -0 is not 0's. Another dtype is another tensor.
+    """
+    if one.dtype != other.dtype:
+        return False
+    return bool(_memcmp(one.data_ptr(), other.data_ptr(), one.nbytes) == 0)
 
 
 def _bytes_of(buffer: torch.Tensor) -> memoryview:

@@ -12,10 +12,8 @@ import dataclasses
 import re
 from typing import TYPE_CHECKING
 
-import torch
-
 from taskvec.cli import notice
-from taskvec.tensorfile import row_blocks
+from taskvec.tensorfile import row_blocks, same_bits
 
 if TYPE_CHECKING:  # which sets copies aside while it opens a model
     from taskvec.checkpoint import Checkpoint
@@ -87,12 +85,8 @@ def _original(model: Checkpoint, name: str) -> str | None:
         if (other.shape, other.dtype) != (info.shape, info.dtype) or _TIED.search(other.name):
             continue
         if (other.path, other.offset) == (info.path, info.offset) or all(
-            _same_bits(model.read(name, *rows), model.read(other.name, *rows))
+            same_bits(model.read(name, *rows), model.read(other.name, *rows))
             for rows in row_blocks(info, _COMPARED_ELEMENTS)
         ):
             return other.name
     return None
-
-
-def _same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
-    return torch.equal(left.reshape(-1).view(torch.uint8), right.reshape(-1).view(torch.uint8))

@@ -182,7 +182,8 @@ def _violations(comparisons: Sequence[Comparison], names: list[str]) -> list[str
             f"largest, {format.largest:g}"
         )
     if non_finite:
-        parts.append(f"{_elements(non_finite)} of {listed(names)} are NaN or infinite")
+        verb = "is" if non_finite == 1 else "are"
+        parts.append(f"{_elements(non_finite)} of {listed(names)} {verb} NaN or infinite")
     if outside:
         verb = "differs" if outside == 1 else "differ"
         parts.append(

@@ -78,6 +78,7 @@ def refused(base, adapter, message):
         ({"lora_alpha": True}, "lora_alpha of .* is True, not a number"),
         ({"lora_alpha": math.inf}, "lora_alpha of .* is inf, not a number"),
         ({"lora_alpha": math.nan}, "lora_alpha of .* is nan, not a number"),
+        ({"lora_alpha": -1e250}, "lora_alpha of .* is -1e\\+250, not a number up to 1e\\+60"),
         ({"lora_alpha": 10**400}, "lora_alpha of .*, not a number"),
         ({"rank_pattern": ["q_proj"]}, "rank_pattern is .*, not a mapping"),
         ({"rank_pattern": {"(": 3}}, r"rank_pattern: '\('"),

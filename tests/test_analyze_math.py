@@ -441,6 +441,20 @@ def test_vectors_have_statistics_but_no_spectrum(chain, copied, no_figures):
     assert finding(result.document).startswith("In fp16, T differs from Δ by")
 
 
+def test_a_stack_of_matrices_is_one_tall_matrix_in_every_number(tmp_path, no_figures):
+    """(experts, out, in) has experts * out rows: its degrees of freedom are those of that shape."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(n, RANK, generator=generator) for n in (3 * 40, 50))
+    delta = left @ right.T
+    noise = 1e-3 * torch.randn(delta.shape, generator=generator)
+    for name, matrix in (("deltas", delta), ("vector", delta + noise)):
+        save_file({"mlp.experts": matrix.view(3, 40, 50)}, tmp_path / f"{name}.safetensors")
+    deltas, vector = (tmp_path / f"{name}.safetensors" for name in ("deltas", "vector"))
+    document = script.analyze(deltas, vector, tmp_path / "out", device="cpu").document
+    recovery = next(p for p in document["summary"]["predictions"] if p["name"] == "recovery")
+    assert recovery["measured"]["median"] == pytest.approx(1, abs=0.1)
+
+
 def test_another_architecture_with_its_own_names(tiny, chain, no_figures):
     base = tiny.base("gpt2")
     result = chain(base=base, adapter=tiny.adapter(base, scale=0.002), precision="fp16").analyze()

@@ -280,6 +280,21 @@ def test_the_output_is_a_task_vector_like_any_other(llama, vectors, tmp_path, ca
     load(both)
 
 
+@pytest.mark.parametrize("words", [("add",), ("ties", "--density", "1"), ("dare_ties",)])
+def test_experts_that_one_of_the_vectors_leaves_out_have_not_changed_in_it(tmp_path, words):
+    """A stack of matrices is read by the rows of all of them, also where it is not there."""
+    experts = torch.randn(4, 6, 5, generator=torch.Generator().manual_seed(0))
+    save_file({"experts": experts, "w": torch.ones(2, 2)}, tmp_path / "a.safetensors")
+    save_file({"w": torch.ones(2, 2)}, tmp_path / "b.safetensors")
+    command, *flags = words
+    flags = flags if command != "dare_ties" else ["--density", "1"]
+    files = (tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    for order in (files, files[::-1]):
+        found = combined(tmp_path / "out", command, *order, *flags)
+        assert np.array_equal(found["experts"], experts.numpy())
+    assert run("show", *files, "--output_dir", tmp_path / "shown") == 0
+
+
 def test_zero_blocks_take_no_disk(tmp_path):
     large = torch.zeros(4, 1 << 20)
     large[1, 5] = 1.0

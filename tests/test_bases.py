@@ -13,7 +13,7 @@ from extract_task_vectors import extract
 from merge_lora import merge
 from taskvec.checkpoint import open_checkpoint
 from taskvec.cli import UserError
-from tests.checks import assert_same_bits, edit_json, names, weights
+from tests.checks import assert_same_bits, edit_json, edit_tensors, names, weights
 from tests.models import load, peft_merge
 from tests.stored import as_bin, certify
 
@@ -165,6 +165,19 @@ def test_a_base_of_several_dtypes_merges_as_in_peft(llama, llama_lora, copied, t
     )
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
     assert_same_bits(weights(tmp_path / "m"), peft_merge(base, llama_lora, dtype).state_dict())
+    assert certify(base, llama_lora, tmp_path / "m", tmp_path) == ["exact", "exact"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_storing_a_float64_base_in_any_format_is_a_cast(
+    llama, llama_lora, copied, tmp_path, precision
+):
+    base = copied(llama)
+    edit_tensors(
+        base / "model.safetensors",
+        lambda tensors: tensors.update({n: t.double() * (1 + 1e-9) for n, t in tensors.items()}),
+    )
+    merge(str(base), str(llama_lora), tmp_path / "m", precision=precision, device="cpu")
     assert certify(base, llama_lora, tmp_path / "m", tmp_path) == ["exact", "exact"]
 
 

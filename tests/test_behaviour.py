@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
+import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -28,6 +31,15 @@ def test_agreement_by_hand() -> None:
     assert found.max_logit_difference == pytest.approx(math.log(3.0), rel=1e-6)
     assert found.equal_top1 == 0.5
     assert found.positions == 2
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_logits_that_are_not_finite_are_no_agreement(value: float) -> None:
+    reference = [torch.zeros(2, 3)]
+    other = [torch.tensor([[0.0, 0.0, 0.0], [0.0, value, 0.0]])]
+    found = behaviour.agreement(reference, other)
+    assert found.max_kl == found.mean_kl == found.max_logit_difference == sys.float_info.max
+    json.dumps(asdict(found), allow_nan=False)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "starcoder2"])

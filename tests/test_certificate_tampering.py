@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Callable
 
@@ -228,3 +229,56 @@ def test_one_deviation_is_found_in_the_midst_of_exact_blocks() -> None:
         certificate = certify(update, base, changed, FP16, rows=rows)
         assert certificate.best_recipe.names[0] == "once"
         assert certificate.best_recipe.mismatches == certificate.isolated == 2
+
+
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize(
+    ("format", "factor", "scaling"),
+    [
+        (FP16, 1e10, 1.0),  # a factor beyond fp16: rounded to it, it is infinite
+        (BF16, 1e10, 1e20),  # a product beyond fp32
+        (FP32, 1e10, 1e20),
+        (FP32, 1e19, 1.0),  # each of two terms is an fp32 number, their sum is not
+        (FP32, 1e38, 1e60),  # the product is beyond fp32's square, too
+    ],
+)
+def test_what_overflows_on_its_way_does_not_pass_for_rounding(
+    format: Format, factor: float, scaling: float, given: bool
+) -> None:
+    """A merge through infinity leaves no finite weight, so finite ones were not merged that way."""
+    update = LowRank("weight", torch.full((4, 3), factor), torch.full((2, 4), factor), scaling)
+    base = torch.tensor([[1.0, 2.0, -3.0], [0.5, 0.0, 7.0]])
+    for merged in (base, base + 1):
+        result = result_of(update, base, merged.to(format.dtype), format, given=given)
+        assert result.comparison is not None
+        certificate = result.comparison.certificate
+        assert certificate.violations == base.numel()
+        assert 1 < certificate.tally.max_ratio < math.inf
+        assert not judge([result]).holds
+
+
+def test_elements_beyond_fp32_leave_the_others_to_their_bounds() -> None:
+    A, B = torch.tensor([[1e20, 1.0]]), torch.tensor([[1e20], [0.0]])
+    update, base = LowRank("weight", A, B, 2.0), torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    merged = merged_by(ONCE, update, base, FP32)
+    assert torch.isinf(merged).tolist() == [[True, False], [False, False]]
+    certificate = certify(update, base, merged, FP32)
+    assert (certificate.non_finite, certificate.overflowed) == (1, 1)
+    assert certificate.tally.violations == 0
+    merged[1, 0] += 1
+    assert certify(update, base, merged, FP32).tally.violations == 1
+
+
+@by_format
+def test_a_change_that_the_adapter_does_not_make_is_not_a_change_that_is_missing(
+    format: Format,
+) -> None:
+    """B is zero as long as nothing was learned: there is nothing that T could lack."""
+    update, base = realistic(8, 12, 4, 2.0)
+    update = LowRank("weight", update.A, torch.zeros_like(update.B), 2.0)
+    base = base.to(format.dtype)
+    for merged in (base + 8, base * math.nan):
+        verdict = judge([result_of(update, base, merged, format)])
+        assert (verdict.name, verdict.missing, verdict.violated) == ("violated", [], ["weight"])
+        assert "the task vector does not" not in verdict.reason
+    assert judge([result_of(update, base, base, format)]).name == "exact"

@@ -16,6 +16,7 @@ import compare_lora_task_vector
 from compare_lora_task_vector import compare
 from extract_task_vectors import extract
 from merge_lora import merge
+from taskvec.cli import UserError
 from tests.models import make_adapter, make_base
 
 # DESIGN: the keys that every consumer of comparison_results.json may rely on.
@@ -131,6 +132,25 @@ def test_every_changed_parameter_is_explained(
     assert attribution["unexplained"]["parameters"] == 0
     shares = sum(entry["squared_norm_share"] for entry in attribution.values())
     assert shares == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("base_precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_base_that_was_rounded_for_the_subtraction_explains_what_that_left(
+    chain: Path, tmp_path: Path, precision: str, base_precision: str
+) -> None:
+    """T = W - R(W) of a parameter that an fp32 merge leaves alone: nothing of it was trained."""
+    base, merged = str(chain / "base"), str(chain / f"merged_{precision}")
+    extract(base, merged, tmp_path / "tv", base_precision=base_precision)
+    document = run(chain, tmp_path / "out", task_vector_path=tmp_path / "tv")
+    certificate = document["summary"]["certificate"]
+    assert certificate["verdict"] == "exact"
+    assert certificate["unexplained_parameters"] == []
+    casts = 0 if precision == base_precision else 27
+    assert certificate["attribution"]["cast"]["parameters"] == casts
+    shown = {entry["cast_format"] for entry in document["parameters"].values()} - {None}
+    expected = base_precision if precision == "fp32" else precision
+    assert shown == ({expected} if casts else set())
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
@@ -294,6 +314,22 @@ def test_files_can_be_switched_off(chain: Path, tmp_path: Path) -> None:
         "comparison_results.json",
         "lora_deltas.safetensors",
     }
+
+
+def test_a_merged_model_with_another_integer_buffer_is_refused(chain: Path, tmp_path: Path) -> None:
+    """No task vector can hold it, so that no certificate would be of the whole model."""
+    for name, steps in (("base", torch.arange(3)), ("merged_fp32", torch.arange(3) + 1)):
+        shutil.copytree(chain / name, tmp_path / name)
+        file = tmp_path / name / "model.safetensors"
+        save_file(load_file(file) | {"model.steps": steps}, file)
+    with pytest.raises(UserError, match=r"merged_fp32: model\.steps .* differs from the base's"):
+        compare(
+            str(tmp_path / "base"),
+            str(chain / "lora"),
+            tmp_path / "out",
+            finetuned_model=str(tmp_path / "merged_fp32"),
+        )
+    assert not (tmp_path / "out").exists()
 
 
 def test_both_subjects_at_once_are_refused(

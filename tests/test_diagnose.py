@@ -19,6 +19,7 @@ from taskvec.adapter import open_adapter
 from taskvec.checkpoint import open_checkpoint
 from taskvec.compare import attribute_parameter, compare_parameter
 from taskvec.diagnose import diagnose
+from taskvec.diagnosis.outliers import Outliers
 from taskvec.taskvector import FormedTaskVector
 from tests.lab import DTYPES, everywhere
 from tests.models import load, peft_merge
@@ -453,3 +454,17 @@ def test_a_base_of_eight_bits(tmp_path):
     (cause,) = result.summary["certificate"]["diagnosis"]
     assert cause["cause"] == "lower_precision_base"
     assert cause["evidence"]["format"] == "8-bit"
+
+
+@pytest.mark.parametrize(
+    ("count", "first", "last", "together"),
+    [
+        (20, 5, 44, True),  # half of a run
+        (20, 5, 45, False),
+        (1, 5, 5, False),
+        (301, 0, 300, False),  # over half of the parameter: then the others are the odd ones
+    ],
+)
+def test_elements_lie_together_where_they_fill_half_of_a_run(count, first, last, together):
+    found = Outliers("w", (20, 30), count, {0, 1}, {4, 5}, first, last)
+    assert found.together == together

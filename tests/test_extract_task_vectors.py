@@ -294,6 +294,18 @@ def test_other_integer_buffers_are_refused(with_steps, tmp_path, other, message)
     assert names(tmp_path) == ["a", "b"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64])
+def test_buffers_of_dtypes_without_arithmetic_are_compared_by_their_bytes(
+    with_steps, tmp_path, dtype
+):
+    steps = torch.tensor([1.0, 2.0, 4.0]).to(dtype)
+    a, b = with_steps("a", steps), with_steps("b", steps)
+    extract(a, b, tmp_path / "tv")
+    assert "steps" not in weights(tmp_path / "tv")
+    with pytest.raises(UserError, match=r"steps \(torch\.\w+\) differs from the base's"):
+        extract(a, with_steps("c", torch.ones(3).to(dtype)), tmp_path / "other")
+
+
 def test_models_without_a_float_have_an_empty_vector(tmp_path):
     for name in ("a", "b"):
         save_file({"steps": torch.arange(3)}, tmp_path / f"{name}.safetensors")

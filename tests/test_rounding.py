@@ -549,6 +549,34 @@ def test_rounding_a_subnormal_delta_stays_in_the_lenient_interval() -> None:
     assert inside(merged, ends).all()
 
 
+@pytest.mark.parametrize("format", [FP16, BF16], ids=lambda format: format.name)
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_sum_that_is_not_rounded_to_fp32_first_stays_in_the_interval(
+    format: Format, sign: float
+) -> None:
+    """W + D lies a little beyond a tie, less than fp32 can tell: there it is the tie, and even."""
+    tie, little = 1 + format.unit_roundoff, 2.0**-27
+    D = format.unit_roundoff / 4 + little
+    update = LowRank("weight", torch.ones(1, 1), torch.tensor([[sign * D]]), 1.0)
+    base = torch.tensor([[sign * (tie + little - D)]])
+    assert float(update.delta(0, 1)) == sign * D and float(base) + sign * D == sign * (tie + little)
+    by_fp32 = merge_rows(ONCE, base, update.delta(0, 1), format)
+    at_once = torch.tensor([[sign * (1 + 2 * format.unit_roundoff)]]).to(format.dtype)
+    assert float(by_fp32) == sign
+    low, high = merged_interval(
+        ONCE,
+        update,
+        0,
+        1,
+        base=base,
+        format=format,
+        where=torch.ones(1, 1, dtype=torch.bool),
+        rounded_anywhere=False,
+    )
+    for merged in (by_fp32, at_once):
+        assert low <= merged <= high
+
+
 # --- the same bits, block by block ------------------------------------------------------------
 
 

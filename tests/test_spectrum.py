@@ -309,3 +309,18 @@ def test_the_rank_above_the_floor_is_the_deltas(format, r):
 def test_the_threshold_is_never_below_the_edge(m, n, seed):
     floor = profile(random(m, n, seed=seed) ** 2)
     assert floor.edge <= floor.threshold * (1 + 1e-12)
+
+
+def test_the_threshold_of_two_noises_together_is_not_below_their_sums():
+    """One noise in a row and one in a column: their thresholds add up where their edges do not."""
+    row, column = torch.zeros(60, 90).double(), torch.zeros(60, 90).double()
+    row[7], column[:, 3] = 1.0, 1.0
+    floors = []
+    for variances in (row, column, row + column):
+        profile = NoiseProfile((60, 90))
+        profile.add(0, variances)
+        floors.append(profile.floor())
+    one, other, both = floors
+    assert one.plus(other).threshold >= both.threshold > math.hypot(one.threshold, other.threshold)
+    assert one.plus(other).rms == pytest.approx(both.rms)
+    assert one.plus(other).edge == pytest.approx(both.edge)

@@ -120,6 +120,17 @@ def test_many_values_have_quantiles_within_the_resolution(kind):
     assert found.at(QUANTILES) == pytest.approx(exact.tolist(), rel=KEY_RESOLUTION, abs=1e-8)
 
 
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_number_alone_in_its_bin_is_taken_for_its_middle(sign):
+    """So that it is off by half the bin at most, wherever in it the number lies."""
+    for alone in (1.0, 1 + KEY_RESOLUTION - 2.0**-23):
+        found = Quantiles()
+        found.add(torch.zeros(EXACT_ELEMENTS))
+        found.add(torch.tensor([sign * alone]))
+        end = found.at([1.0 if sign > 0 else 0.0])[0]
+        assert end == pytest.approx(sign * alone, abs=KEY_RESOLUTION / 2 + 1e-6)
+
+
 def test_quantiles_join_in_any_order():
     x = samples("normal", n=EXACT_ELEMENTS + 10).astype(np.float32)
     many, few = Quantiles(), Quantiles()

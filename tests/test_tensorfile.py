@@ -19,7 +19,7 @@ from safetensors.torch import load, load_file, save, save_file
 
 from taskvec.cli import UserError
 from taskvec.header import TensorInfo
-from taskvec.tensorfile import TensorFile, TensorFileWriter, row_blocks, same_bytes
+from taskvec.tensorfile import TensorFile, TensorFileWriter, row_blocks, same_bits
 from tests.checks import raw_bytes
 
 DTYPES = [
@@ -209,10 +209,10 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path, monkeypatch,
 
 def test_bytes_are_compared_as_bytes():
     one = torch.tensor([1.0, torch.nan, 0.0])
-    assert same_bytes(one, one.clone())
-    assert not same_bytes(one, torch.tensor([1.0, torch.nan, -0.0]))
-    assert not same_bytes(torch.zeros(4), torch.zeros(4, dtype=torch.int32))
-    assert same_bytes(torch.zeros(0, 3), torch.zeros(0, 3))
+    assert same_bits(one, one.clone())
+    assert not same_bits(one, torch.tensor([1.0, torch.nan, -0.0]))
+    assert not same_bits(torch.zeros(4), torch.zeros(4, dtype=torch.int32))
+    assert same_bits(torch.zeros(0, 3), torch.zeros(0, 3))
 
 
 @pytest.mark.parametrize("answer", [BlockingIOError(), OSError(errno.EOPNOTSUPP, ""), 1])

@@ -32,7 +32,7 @@ from transformers import (
 import extract_task_vectors
 import finetune_lora
 import merge_lora
-from taskvec.training.loop import Run, train
+from taskvec.training.loop import Run, make_optimizer, train
 from taskvec.training.options import TrainingOptions
 from tests.checks import assert_same_bits, edit_json, edit_tensors, names, weights
 from tests.models import save_byte_tokenizer
@@ -485,3 +485,16 @@ def test_windows_longer_than_roberta_has_positions_for(
     assert finetune_lora.main(argv) == 2
     assert "at most 65" in capsys.readouterr().err
     assert finetune_lora.main([*argv, "--sequence_length", "65", "--steps", "1"]) == 0
+
+
+def test_weights_decay_and_biases_do_not():
+    """AdamW without a gradient only decays: a matrix loses lr * weight_decay of itself."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(3, 2)
+    before = {name: parameter.detach().clone() for name, parameter in layer.named_parameters()}
+    optimizer = make_optimizer(layer, TrainingOptions(learning_rate=0.1, weight_decay=0.5))
+    for parameter in layer.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    torch.testing.assert_close(layer.weight.detach(), before["weight"] * (1 - 0.1 * 0.5))
+    assert torch.equal(layer.bias, before["bias"])

@@ -51,6 +51,8 @@ _OTHER_KINDS = {
         _NO_WEIGHTS,
     ),
 }
+# Of lora_alpha: what a delta's squares add up to must be a float64 number, whatever the factors.
+_LARGEST_ALPHA = 1e60
 # These start from chosen factors but leave the base as it is.
 _PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 # What PEFT saves beside an adapter although nothing in the configuration names it
@@ -144,8 +146,11 @@ class LoraConfig:
         alpha = self._by_pattern("alpha_pattern", module, self.values.get("lora_alpha"))
         if type(r) is not int or not 0 < r < 2**31:
             raise UserError(f"{self.file}: r of {module} is {r!r}, not a positive integer")
-        if type(alpha) not in (int, float) or not abs(alpha) < 1e300:  # NaN neither
-            raise UserError(f"{self.file}: lora_alpha of {module} is {alpha!r}, not a number")
+        if type(alpha) not in (int, float) or not abs(alpha) <= _LARGEST_ALPHA:  # NaN neither
+            raise UserError(
+                f"{self.file}: lora_alpha of {module} is {alpha!r}, not a number up to "
+                f"{_LARGEST_ALPHA:g}"
+            )
         return r, alpha / math.sqrt(r) if self.values.get("use_rslora") else alpha / r
 
     def _by_pattern(self, key: str, module: str, default: Any) -> Any:

@@ -84,7 +84,7 @@ def read_rows(
         UserError: NaN or infinity, with which no arithmetic makes sense.
     """
     if vector.is_zero(info.name):
-        shape = (stop - start, *info.shape[1:]) if info.shape else ()
+        shape = (stop - start, *info.row_shape) if info.shape else ()
         return torch.zeros(shape, device=device)
     rows = vector.file.read(vector.tensors[info.name], start, stop)
     rows = rows.to(device, torch.float32)

@@ -7,7 +7,7 @@ not. Ranks are counted above the floor that rounding noise alone can reach (`tas
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +20,11 @@ from taskvec.rounding import U32, gamma, half_ulp
 from taskvec.spectrum import (
     DENSE_ELEMENTS,
     DENSE_SIDE,
+    Blocks,
     Spectrum,
-    krylov_spectrum,
     low_rank_spectrum,
     spectrum,
+    streamed_krylov,
     subspace_similarity,
 )
 from taskvec.updates.products import LowRank
@@ -38,9 +39,6 @@ _ROUNDINGS = 2  # of the base and of the sum, or of two sums
 _SPARE_RANK = 24  # ranks are counted up to twice the adapter's and this
 _SAME_SUBSPACE = 0.9
 _SIGMAS = 4.0
-
-# (first row, rows (b, n) float64) of a matrix, block by block; may be called again and again.
-Rows = Callable[[], Iterator[tuple[int, torch.Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -129,10 +127,11 @@ def adapted_remainder(
     if not isinstance(update, LowRank) or update.stored is not None:
         kind = FURTHER if slope.contained else GONE if slope.absent else UNRELATED
         return Remainder(result.name, kind, {"rank": None, **_evidence(result)})
-    noise = _noise(case, result.name, result.shape, update)
+    shape = update.matrix
+    noise = _noise(case, result.name, shape, update)
     limit = 2 * update.rank + _SPARE_RANK
-    whole = _structure(_rows(case, result.name, None), result.shape, noise, limit)
-    rest = _structure(_rows(case, result.name, update), result.shape, noise, limit)
+    whole = _structure(_blocks(case, result.name, None), shape, noise, limit)
+    rest = _structure(_blocks(case, result.name, update), shape, noise, limit)
     delta = _delta_spectrum(update)
     overlap = min(_overlap(whole.left, delta.left), _overlap(whole.right, delta.right))
     kind = _kind(comparison, whole, rest, overlap, slope)
@@ -186,7 +185,7 @@ def unadapted_remainder(case: Case, result: ParameterResult) -> Remainder:
         return Remainder(result.name, FURTHER, {"rank": None})
     shape = (info.rows, info.row_elements)
     noise = _noise(case, result.name, shape, None)
-    found = _structure(_rows(case, result.name, None), shape, noise, _SPARE_RANK)
+    found = _structure(_blocks(case, result.name, None), shape, noise, _SPARE_RANK)
     kind = ADDITIONAL if found.low and found.rank else FURTHER
     return Remainder(result.name, kind, {"rank": found.rank, "low_rank": found.low})
 
@@ -202,10 +201,10 @@ def relative_change(case: Case, results: Sequence[ParameterResult]) -> float | N
     return math.sqrt(change / squared) if squared else None
 
 
-def _rows(case: Case, name: str, without: LowRank | None) -> Rows:
+def _blocks(case: Case, name: str, without: LowRank | None) -> Blocks:
     """T, or T - delta, as a matrix whose non-finite elements are zero."""
 
-    def rows() -> Iterator[tuple[int, torch.Tensor]]:
+    def blocks() -> Iterator[tuple[int, torch.Tensor]]:
         for block in case.blocks(name):
             wide = block.task_vector.double()
             if without is not None:
@@ -213,12 +212,12 @@ def _rows(case: Case, name: str, without: LowRank | None) -> Rows:
             wide = torch.where(torch.isfinite(wide), wide, 0.0)
             yield block.start, wide.reshape(wide.shape[0], -1)
 
-    return rows
+    return blocks
 
 
-def _noise(case: Case, name: str, shape: tuple[int, ...], update: LowRank | None) -> NoiseProfile:
+def _noise(case: Case, name: str, shape: tuple[int, int], update: LowRank | None) -> NoiseProfile:
     """What two roundings of the weight, one of T and the matmul leave on each element."""
-    format, noise = case.format_of(name), NoiseProfile((shape[0], shape[1]), case.device)
+    format, noise = case.format_of(name), NoiseProfile(shape, case.device)
     for block in case.blocks(name):
         base, merged = block.subtracted.double(), merged_rows(block)
         largest = torch.where(base.abs() > merged.abs(), base, merged)
@@ -232,10 +231,12 @@ def _noise(case: Case, name: str, shape: tuple[int, ...], update: LowRank | None
     return noise
 
 
-def _structure(rows: Rows, shape: tuple[int, ...], noise: NoiseProfile, limit: int) -> Structure:
+def _structure(
+    blocks: Blocks, shape: tuple[int, int], noise: NoiseProfile, limit: int
+) -> Structure:
     limit = min(limit, max(1, min(shape) // 2))  # past half its size, a rank is not low
-    squared = sum(float((block * block).sum()) for _, block in rows())
-    found = _spectrum(rows, shape, limit, noise.rows.device)
+    squared = sum(float((block * block).sum()) for _, block in blocks())
+    found = _spectrum(blocks, shape, limit)
     above = found.values[:limit] > _MARGIN * noise.floor().threshold
     rank = int(above.sum())
     energy = float(noise.rows.sum())
@@ -250,21 +251,11 @@ def _structure(rows: Rows, shape: tuple[int, ...], noise: NoiseProfile, limit: i
     )
 
 
-def _spectrum(rows: Rows, shape: tuple[int, ...], leading: int, device: torch.device) -> Spectrum:
+def _spectrum(blocks: Blocks, shape: tuple[int, int], leading: int) -> Spectrum:
     """The leading singular triplets; a large matrix is read again for every product."""
     if min(shape) <= DENSE_SIDE and math.prod(shape) <= DENSE_ELEMENTS:
-        return spectrum(torch.cat([block for _, block in rows()]), leading)
-
-    def step(block: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        images = []
-        gram = torch.zeros(shape[1], block.shape[1], dtype=torch.float64, device=device)
-        for _, piece in rows():
-            image = piece @ block
-            images.append(image)
-            gram += piece.T @ image
-        return torch.cat(images), gram
-
-    return krylov_spectrum(step, shape[1], leading, device)
+        return spectrum(torch.cat([rows for _, rows in blocks()]), leading)
+    return streamed_krylov(blocks, shape, leading)
 
 
 def _delta_spectrum(update: LowRank) -> Spectrum:

@@ -65,11 +65,7 @@ class Analysis:
         for check in self.checks:
             check.add(finding)
         if finding.spectra is not None:
-            rows = finding.shape[0]
-            self.spectra[finding.name] = (
-                (rows, math.prod(finding.shape[1:])),
-                finding.spectra,
-            )
+            self.spectra[finding.name] = (finding.matrix, finding.spectra)
             if finding.spectra.directions:
                 for kept, found in (
                     (module.left, finding.spectra.left_similarity),

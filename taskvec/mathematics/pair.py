@@ -75,7 +75,7 @@ class Pair:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """As a matrix: the first dimension against all the others."""
+        """As a matrix: its rows as files are read (`TensorInfo.rows`) against their elements."""
         return self.info.rows, self.info.row_elements
 
     def rows(self, *, base: bool = False) -> Iterator[Rows]:

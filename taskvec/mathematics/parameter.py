@@ -25,6 +25,7 @@ class ParameterFinding:
 
     Attributes:
         shape: as stored.
+        matrix: (rows, columns), as which its spectrum is taken (`Pair.shape`).
         adapter_rank: r as step 3 recorded it; None if unknown.
         format: what M is stored in; None if unknown.
         statistics: of the first pass.
@@ -34,6 +35,7 @@ class ParameterFinding:
 
     name: str
     shape: tuple[int, ...]
+    matrix: tuple[int, int]
     adapter_rank: int | None
     format: Format | None
     statistics: PairStatistics
@@ -104,5 +106,5 @@ def _analyse(pair: Pair, adapter_rank: int | None) -> ParameterFinding:
     if has_spectrum(pair):
         spectra = compare_spectra(pair, sums.floors(), adapter_rank)
     return ParameterFinding(
-        pair.name, pair.info.shape, adapter_rank, format, statistics, direct, spectra
+        pair.name, pair.info.shape, pair.shape, adapter_rank, format, statistics, direct, spectra
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -123,9 +124,14 @@ def _behaviour_failures(summaries: Mapping[str, Document], checked: Document) ->
     """In fp32 nothing but rounding may separate the three models; narrower ones only cost."""
     return [
         f"{label}: the {kind.replace('_', ' ')} model does not behave like base + adapter "
-        f"(KL {numbers['max_kl']:.2e} nats)"
+        f"({_distance(numbers['max_kl'])})"
         for label, entry in checked.items()
         if label in summaries and summaries[label]["certificate"]["precision"] == "fp32"
         for kind, numbers in entry.items()
         if numbers["max_kl"] > FP32_KL_LIMIT
     ]
+
+
+def _distance(kl: float) -> str:
+    """KL in words; what is not finite comes as float64's largest (`behaviour.agreement`)."""
+    return f"KL {kl:.2e} nats" if kl < sys.float_info.max else "its logits are not all finite"

@@ -71,8 +71,15 @@ class Product(Update):
         """
 
     @abstractmethod
-    def magnitude(self, start: int, stop: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-        """Rows of |s| * (|B| @ |A|), computed in fp32 or float64: what matmul errors relate to."""
+    def magnitude(
+        self, start: int, stop: int, dtype: torch.dtype = torch.float64, *, times: float = 1.0
+    ) -> torch.Tensor:
+        """Rows of |s| * (|B| @ |A|), to which matmul errors are relative.
+
+        Args:
+            dtype: fp32 or float64, which they are computed in.
+            times: a factor, taken in first: the product may overflow where its share does not.
+        """
 
     @abstractmethod
     def rounded_factors(self, dtype: torch.dtype) -> Product:
@@ -182,7 +189,7 @@ class LowRank(Product):
     stored: tuple[int, ...] | None = None
     rounds_delta: bool = False
     kind: str = "LoRA"
-    _kept: dict[torch.dtype, tuple[torch.Tensor, torch.Tensor]] = field(
+    _kept: dict[tuple[torch.dtype, float], tuple[torch.Tensor, torch.Tensor]] = field(
         default_factory=dict, init=False, compare=False, repr=False
     )
 
@@ -226,21 +233,26 @@ class LowRank(Product):
 
         return self._product(*self._scaled_factors, start, stop)
 
-    def magnitude(self, start: int, stop: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-        return self._product(*self._absolute_factors(dtype), start, stop).to(dtype)
+    def magnitude(
+        self, start: int, stop: int, dtype: torch.dtype = torch.float64, *, times: float = 1.0
+    ) -> torch.Tensor:
+        return self._product(*self._absolute_factors(dtype, times), start, stop).to(dtype)
 
     @cached_property
     def _scaled_factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """s * B and A in float64."""
         return self.B.double() * self.scaling, self.A.double()
 
-    def _absolute_factors(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """|s * B| and |A| in a dtype, or in float64 where they are too large for it."""
-        if dtype not in self._kept:
+    def _absolute_factors(
+        self, dtype: torch.dtype, times: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """|times * s * B| and |A| in a dtype, or in float64 where they are too large for it."""
+        if (dtype, times) not in self._kept:
             B, A = (factor.abs() for factor in self._scaled_factors)
+            B *= times
             narrow = B.to(dtype)
-            self._kept[dtype] = (narrow, A.to(dtype)) if all_finite(narrow) else (B, A)
-        return self._kept[dtype]
+            self._kept[dtype, times] = (narrow, A.to(dtype)) if all_finite(narrow) else (B, A)
+        return self._kept[dtype, times]
 
     def _product(self, B: torch.Tensor, A: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """Rows of B @ A, in whatever order of summation."""
@@ -313,9 +325,13 @@ class Experts(Product):
     def exact(self, start: int, stop: int) -> torch.Tensor:
         return self._gather(LowRank.exact, start, stop)
 
-    def magnitude(self, start: int, stop: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    def magnitude(
+        self, start: int, stop: int, dtype: torch.dtype = torch.float64, *, times: float = 1.0
+    ) -> torch.Tensor:
         return self._gather(
-            lambda expert, start, stop: expert.magnitude(start, stop, dtype), start, stop
+            lambda expert, start, stop: expert.magnitude(start, stop, dtype, times=times),
+            start,
+            stop,
         )
 
     def recipe_key(self, recipe: Recipe, format: Format, stored: torch.dtype) -> tuple[bool, ...]:
