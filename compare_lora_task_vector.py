@@ -307,7 +307,7 @@ def _body(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.run(build_parser(), _body, argv, shared=True)
+    return cli.run(build_parser, _body, argv, shared=True)
 
 
 if __name__ == "__main__":

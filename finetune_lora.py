@@ -269,7 +269,7 @@ def count(base_model: str, revision: str | None, lora: LoraOptions | None) -> Fo
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.run(build_parser(), _finetune, argv)
+    return cli.run(build_parser, _finetune, argv)
 
 
 def _finetune(args: argparse.Namespace) -> int:

@@ -347,7 +347,7 @@ def _body(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.run(build_parser(), _body, argv)
+    return cli.run(build_parser, _body, argv)
 
 
 def _end(signum: int, frame: object) -> None:

@@ -189,7 +189,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.run(build_parser(), _make, argv)
+    return cli.run(build_parser, _make, argv)
 
 
 def _make(args: argparse.Namespace) -> int:

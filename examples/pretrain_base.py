@@ -287,7 +287,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.run(build_parser(), _pretrain, argv)
+    return cli.run(build_parser, _pretrain, argv)
 
 
 def _pretrain(args: argparse.Namespace) -> int:

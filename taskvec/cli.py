@@ -3,22 +3,26 @@
 A script is ``build_parser()``, one public function that does the work, and
 
     def main(argv: list[str] | None = None) -> int:
-        return cli.run(build_parser(), body, argv)
+        return cli.run(build_parser, body, argv)
 
 where ``body(args)`` returns the exit status: 0 done (and, for a check, it holds),
-1 the check was made and does not hold. `UserError` becomes one line and status 2.
+1 the check was made and does not hold. `UserError` becomes one line and status 2. The parser is
+handed over unbuilt, so that Ctrl-C while it is built ends like any other.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import gc
 import os
+import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 from unicodedata import category
 
@@ -186,7 +190,7 @@ def parse_args(
 
 
 def run(
-    parser: argparse.ArgumentParser,
+    build_parser: Callable[[], argparse.ArgumentParser],
     body: Callable[[argparse.Namespace], int],
     argv: list[str] | None = None,
     *,
@@ -195,6 +199,9 @@ def run(
     """Parse and do the work; a user's mistake or a failing disk is one line and status 2.
 
     Args:
+        build_parser: makes the script's parser.
+        body: does the work with the flags, and returns the exit status.
+        argv: the command line without the script's name; sys.argv's if None.
         shared: the script's work can be shared by several processes, where a launcher has started
             them (`taskvec.processes`). The main one prints.
     """
@@ -202,7 +209,7 @@ def run(
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):  # a terminal without emoji shows '?' instead
                 stream.reconfigure(errors="replace")
-        args = parse_args(parser, argv)
+        args = parse_args(build_parser(), argv)
         _import_torch()
         if shared:
             processes.join()
@@ -213,17 +220,17 @@ def run(
                 )
         return body(args)
     except UserError as error:
-        return _fail(parser, str(error))
+        return _fail(str(error))
     except processes.LostProcessError as error:
-        return _fail(parser, str(error), always=True)
+        return _fail(str(error), always=True)
     except BrokenPipeError:  # the reader of a pipe (`| head`) has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
     except MemoryError:
-        return _fail(parser, "not enough memory for these inputs")
+        return _fail("not enough memory for these inputs")
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
-        return _fail(parser, f"{error.strerror or error}{where}")
+        return _fail(f"{error.strerror or error}{where}")
     except KeyboardInterrupt:
         if processes.is_main():
             print("interrupted; nothing was left half-written", file=sys.stderr)
@@ -318,19 +325,45 @@ def _import_torch() -> None:
         return
     gc.disable()
     try:
-        import torch  # noqa: F401
+        with _not_losing_an_interrupt():
+            import torch  # noqa: F401
     finally:
         gc.freeze()
         gc.enable()
 
 
-def _fail(parser: argparse.ArgumentParser, message: str, *, always: bool = False) -> int:
+@contextlib.contextmanager
+def _not_losing_an_interrupt() -> Iterator[None]:
+    """Ctrl-C ends the block, also where C code in it drops the exception or makes another of it."""
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield  # ignored, as a shell does for what runs in its background, or somebody else's
+        return
+    interrupted = False
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        nonlocal interrupted
+        interrupted = True
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    except Exception:
+        if not interrupted:
+            raise
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if interrupted:
+        raise KeyboardInterrupt
+
+
+def _fail(message: str, *, always: bool = False) -> int:
     if not (always or processes.is_main()):
         return EXIT_BAD_INPUT
     one_line = printable(" ".join(message.split()))
     if len(one_line) > _LONGEST_MESSAGE:
         one_line = f"{one_line[: _LONGEST_MESSAGE // 2]} ... {one_line[-_LONGEST_MESSAGE // 2 :]}"
-    print(f"{parser.prog}: error: {one_line}", file=sys.stderr, flush=True)
+    print(f"{Path(sys.argv[0]).name}: error: {one_line}", file=sys.stderr, flush=True)
     return EXIT_BAD_INPUT
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 from dataclasses import dataclass
-from importlib.metadata import version
 
 SCHEDULES = ("cosine", "linear", "constant_with_warmup")
 PRECISIONS = ("no", "bf16", "fp16")
@@ -42,6 +41,8 @@ class TrainingOptions:
 
 def versions(*packages: str) -> dict[str, str | int]:
     """What the numbers of a run may depend on."""
+    from importlib.metadata import version
+
     import torch
 
     numbers = {package: version(package).split("+")[0] for package in packages}
