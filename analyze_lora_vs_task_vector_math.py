@@ -65,19 +65,13 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help=f"the task vector of step 2 (default: {DEFAULT_TASK_VECTOR_FILE})",
     )
-    parser.add_argument(
-        "--output_dir",
-        default="mathematical_analysis/",
-        metavar="DIR",
-        help="(default: mathematical_analysis/)",
-    )
-    parser.add_argument(
-        "--base_model",
-        metavar="MODEL",
+    cli.add_output_dir(parser, "mathematical_analysis/")
+    cli.add_base_model(
+        parser,
+        default=None,
         help="directory, .safetensors file or hub id of the base, from which the rounding floor is "
         f"predicted (default: the one that {STEP_3} beside --lora_file names, if it is here)",
     )
-    parser.add_argument("--revision", metavar="REV", help="the base's revision on the hub")
     parser.add_argument(
         "--verbose", action="store_true", help="print a line for every parameter too"
     )

@@ -67,9 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="as in merge_lora.py. once: add in fp32 and round the sum (default); peft: round the "
         "base first",
     )
-    parser.add_argument(
-        "--output_dir", default="precision_test/", metavar="DIR", help="(default: precision_test/)"
-    )
+    cli.add_output_dir(parser, "precision_test/")
     return parser
 
 

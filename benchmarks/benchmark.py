@@ -122,12 +122,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=list(STEPS),
         help="what to measure (default: all); an earlier step that one needs is run all the same",
     )
-    parser.add_argument(
-        "--precision",
-        choices=["fp32", "fp16", "bf16"],
-        default="fp32",
-        help="format of the merged model (default: fp32)",
-    )
+    cli.add_precision(parser, "the merged model")
     parser.add_argument(
         "--skip_obvious", action="store_true", help="measure this project and cp alone"
     )

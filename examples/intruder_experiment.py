@@ -70,12 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="whose intruders are scaled, at alpha = 2 rank (default: 1 8 64)",
     )
     parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
-    parser.add_argument(
-        "--output_dir",
-        default="intruder_experiment/",
-        metavar="DIR",
-        help="(default: intruder_experiment/)",
-    )
+    cli.add_output_dir(parser, "intruder_experiment/")
     return parser
 
 

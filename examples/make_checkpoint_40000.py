@@ -178,12 +178,7 @@ def readme(tensors: dict[str, np.ndarray], measured: Measured, nbytes: int, seed
 
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.new_parser(__doc__, device=False)
-    parser.add_argument(
-        "--output_dir",
-        default="checkpoint-40000",
-        metavar="DIR",
-        help="a new or empty directory (default: %(default)s)",
-    )
+    cli.add_output_dir(parser, "checkpoint-40000", "a new or empty directory")
     parser.add_argument("--seed", type=int, default=SEED, help="(default: %(default)s)")
     return parser
 

@@ -13,20 +13,16 @@ handed over unbuilt, so that Ctrl-C while it is built ends like any other.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import difflib
-import gc
 import os
-import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 from unicodedata import category
 
 from taskvec import processes
+from taskvec.loading import import_torch
 
 if TYPE_CHECKING:
     import torch
@@ -116,14 +112,20 @@ def _add_common(parser: argparse.ArgumentParser, device: bool) -> None:
     common.add_argument("--quiet", action="store_true", help="print only the result lines")
 
 
-def add_base_model(parser: argparse.ArgumentParser, *, default: str | None = DEFAULT_BASE) -> None:
-    """The flags that name a base model: ``--base_model`` and ``--revision``."""
+def add_base_model(
+    parser: argparse.ArgumentParser, *, default: str | None = DEFAULT_BASE, help: str = ""
+) -> None:
+    """The flags that name a base model: ``--base_model`` and ``--revision``.
+
+    Args:
+        help: instead of what is said of a base, and of its default, elsewhere.
+    """
     shown = f" (default: {default})" if default else ""
     parser.add_argument(
         "--base_model",
         default=default,
         metavar="MODEL",
-        help=f"directory, .safetensors file or hub id{shown}",
+        help=help or f"directory, .safetensors file or hub id{shown}",
     )
     parser.add_argument("--revision", metavar="REV", help="the base's revision on the hub")
 
@@ -145,6 +147,51 @@ def add_lora_path(
         "--adapter_name",
         metavar="NAME",
         help="the folder in it, where PEFT saved the adapter under a name",
+    )
+
+
+def add_task_vector(parser: argparse.ArgumentParser, default: str) -> None:
+    """The flags of an analysis of a task vector: ``--task_vector_path``, ``--finetuned_model``.
+
+    Args:
+        default: the task vector where neither is given, which is the script's to apply.
+    """
+    parser.add_argument(
+        "--task_vector_path",
+        metavar="PATH",
+        help=f"a task vector file or its directory (default: {default})",
+    )
+    parser.add_argument(
+        "--finetuned_model",
+        metavar="MODEL",
+        help="a model to subtract --base_model from, instead of a task vector",
+    )
+
+
+def add_output_dir(parser: argparse.ArgumentParser, default: str, what: str = "") -> None:
+    """``--output_dir``; ``what`` says what goes there, where the script's help does not."""
+    parser.add_argument(
+        "--output_dir",
+        default=default,
+        metavar="DIR",
+        help=f"{what} (default: {default})".lstrip(),
+    )
+
+
+def add_precision(parser: argparse.ArgumentParser, what: str, why: str = "") -> None:
+    """``--precision``, the format of ``what`` is written; ``why`` remarks on the default."""
+    parser.add_argument(
+        "--precision",
+        choices=["fp32", "fp16", "bf16"],
+        default="fp32",
+        help=f"format of {what} (default: fp32{why})",
+    )
+
+
+def add_max_shard_size(parser: argparse.ArgumentParser) -> None:
+    """``--max_shard_size``, of a model that is written."""
+    parser.add_argument(
+        "--max_shard_size", metavar="SIZE", help="such as 5GB (default: the base's own shards)"
     )
 
 
@@ -180,9 +227,11 @@ def parse_args(
         parser.error(f"unrecognized arguments: {' '.join(argv)}: the command comes first")
     args = parser.parse_args(argv)
     if args.config is not None:
+        from taskvec.configfile import as_flags
+
         command = [argv.pop(0)] if has_commands else []
         described = _commands(parser).choices[command[0]] if command else parser
-        flags = _config_as_flags(described, Path(args.config), args)
+        flags = as_flags(described, Path(args.config), args)
         # A list of values ends where the next flag begins, not at a word of the command line.
         args = parser.parse_args([*command, *flags, f"--config={args.config}", *argv])
     _quiet = args.quiet
@@ -210,7 +259,7 @@ def run(
             if hasattr(stream, "reconfigure"):  # a terminal without emoji shows '?' instead
                 stream.reconfigure(errors="replace")
         args = parse_args(build_parser(), argv)
-        _import_torch()
+        import_torch()
         if shared:
             processes.join()
             if processes.started_one_of_several():
@@ -319,44 +368,6 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def _import_torch() -> None:
-    """Which every script needs: a tenth faster without the collector, which would find nothing."""
-    if "torch" in sys.modules:
-        return
-    gc.disable()
-    try:
-        with _not_losing_an_interrupt():
-            import torch  # noqa: F401
-    finally:
-        gc.freeze()
-        gc.enable()
-
-
-@contextlib.contextmanager
-def _not_losing_an_interrupt() -> Iterator[None]:
-    """Ctrl-C ends the block, also where C code in it drops the exception or makes another of it."""
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield  # ignored, as a shell does for what runs in its background, or somebody else's
-        return
-    interrupted = False
-
-    def interrupt(signum: int, frame: FrameType | None) -> None:
-        nonlocal interrupted
-        interrupted = True
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGINT, interrupt)
-    try:
-        yield
-    except Exception:
-        if not interrupted:
-            raise
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    if interrupted:
-        raise KeyboardInterrupt
-
-
 def _fail(message: str, *, always: bool = False) -> int:
     if not (always or processes.is_main()):
         return EXIT_BAD_INPUT
@@ -372,54 +383,3 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join("?" if category(x)[0] == "C" and x != "\n" else x for x in text)
-
-
-def _config_as_flags(
-    parser: argparse.ArgumentParser, path: Path, given: argparse.Namespace
-) -> list[str]:
-    """A YAML mapping as command-line words, so that argparse checks types and choices alike.
-
-    A flag that collects its values would join the file's with those ``given`` on the command line,
-    which win: the file's are left out.
-    """
-    from taskvec.configfile import read_flags
-
-    flags = {
-        option.lstrip("-"): action
-        for action in parser._actions
-        for option in action.option_strings
-        if option.startswith("--") and action.dest not in ("help", "config")
-    }
-    words: list[str] = []
-    for key, value in read_flags(path).items():
-        if key not in flags:
-            near = difflib.get_close_matches(str(key), flags, n=1, cutoff=0.0)
-            raise UserError(f"{path}: unknown key {key!r}; did you mean {near[0]!r}?")
-        collects = isinstance(flags[key], argparse._ExtendAction)
-        if collects and getattr(given, flags[key].dest):
-            continue
-        try:
-            words += _as_flag(path, key, value, flags[key])
-        except ValueError:  # a number of more digits than Python prints
-            raise UserError(f"{path}: {key}: a number that is too long") from None
-    return words
-
-
-def _as_flag(path: Path, key: str, value: object, action: argparse.Action) -> list[str]:
-    if value is None:
-        return []
-    if action.nargs == 0:  # a switch: --key, --no-key
-        if not isinstance(value, bool):
-            raise UserError(f"{path}: {key} is true or false, not {value!r}")
-        if isinstance(action, argparse.BooleanOptionalAction):
-            return [f"--{key}" if value else f"--no-{key}"]
-        return [f"--{key}"] if value else []
-    if isinstance(value, list) and action.nargs in ("+", "*"):
-        return [f"--{key}", *(_scalar(path, key, item) for item in value)]
-    return [f"--{key}={_scalar(path, key, value)}"]
-
-
-def _scalar(path: Path, key: str, value: object) -> str:
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise UserError(f"{path}: {key} takes a single value, not {value!r}")
-    return str(value)

@@ -329,6 +329,12 @@ def test_every_script_can_be_interrupted_as_soon_as_it_is_read(script, monkeypat
     assert capsys.readouterr().err == "interrupted; nothing was left half-written\n"
 
 
+# Ctrl-C reaches it even where the tests themselves were started in a shell's background.
+HEEDED = """
+import runpy, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+runpy.run_path("merge_lora.py", run_name="__main__")
+"""
 INTERRUPTED_TORCH = """
 import os, signal
 try:
@@ -342,7 +348,7 @@ except KeyboardInterrupt:
 @pytest.mark.parametrize("then", ["", "raise ImportError('numpy: loaded more than once')"])
 def test_an_interruption_that_is_lost_while_torch_loads_ends_the_run(tmp_path, then):
     (tmp_path / "torch.py").write_text(INTERRUPTED_TORCH + then)
-    done = python("merge_lora.py", env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    done = python("-c", HEEDED, env={**os.environ, "PYTHONPATH": str(tmp_path)})
     assert (done.returncode, done.stdout) == (130, "")
     assert done.stderr == "interrupted; nothing was left half-written\n"
 
