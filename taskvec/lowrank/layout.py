@@ -148,7 +148,7 @@ def _layout(model: torch.nn.Module, base: Checkpoint, tensors: Mapping[str, Tens
         module, _, leaf = found.rpartition(".")
         kind = _kind(modules[module])
         stack = in_pieces.get(name) or stack_in_file(name, tensors[name])
-        if stack is not None and kind == OTHER and _may_be_stacked(modules[module]):
+        if stack is not None and kind == OTHER and _may_be_stacked(modules[module], leaf):
             stacks[name] = stack
             parameters[name] = _stacked(modules[module], module, leaf)
         elif name in tensors:
@@ -170,13 +170,17 @@ def _kind(module: torch.nn.Module) -> str:
     return EMBEDDING if isinstance(module, torch.nn.Embedding) else OTHER
 
 
-def _may_be_stacked(module: torch.nn.Module) -> bool:
-    """A convolution's weight has three axes too, but is no stack of matrices."""
-    return not isinstance(module, torch.nn.modules.conv._ConvNd)
+def _may_be_stacked(module: torch.nn.Module, leaf: str) -> bool:
+    """PEFT adapts no buffers; a convolution's weight has three axes too, but is no stack."""
+    convolution = isinstance(module, torch.nn.modules.conv._ConvNd)
+    return leaf in _own_parameters(module) and not convolution
 
 
 def _stacked(module: torch.nn.Module, name: str, leaf: str) -> Parameter:
     """As PEFT's ParamWrapper has it: matrices are (out, in) unless the module says otherwise."""
     kind = TRANSPOSED_STACK if getattr(module, "is_transposed", False) else STACK
-    own = [parameter for parameter, _ in module.named_parameters(recurse=False)]
-    return Parameter(name, leaf, kind, own.index(leaf))
+    return Parameter(name, leaf, kind, _own_parameters(module).index(leaf))
+
+
+def _own_parameters(module: torch.nn.Module) -> list[str]:
+    return [name for name, _ in module.named_parameters(recurse=False)]
