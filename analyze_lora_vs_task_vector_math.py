@@ -102,9 +102,9 @@ def analyze(
     """
     from taskvec.figures.mathematics import CAPTIONS, draw
     from taskvec.mathematics.document import Analysis
+    from taskvec.mathematics.markdown import markdown
     from taskvec.mathematics.pair import pairs
     from taskvec.mathematics.parameter import analyse
-    from taskvec.mathematics.report import markdown
     from taskvec.output import output_directory, write_json
     from taskvec.taskvector import open_task_vector
     from taskvec.tensorfile import TensorFile
