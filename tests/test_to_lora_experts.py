@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+import analyze_task_vectors
 import merge_lora
 from taskvec.lowrank.adapterfiles import short_names
 from tests.adapter_kinds import gpt_oss
@@ -138,6 +139,22 @@ def test_a_rank_that_was_asked_for_bounds_every_matrix_of_a_stack(tiny, tmp_path
         left = float((values[:, 2:] ** 2).sum().sqrt() / torch.linalg.norm(change))
         assert entry["relative_error"] == pytest.approx(left, rel=1e-4)
         assert entry["optimal_relative_error"] == pytest.approx(left, rel=1e-4)
+
+
+def test_what_is_printed_of_experts(tiny, tmp_path, capsys):
+    """A stack counts as one parameter; what was merged is compared where it is no stack."""
+    base = mixtral(tiny)
+    adapter = tiny.adapter(base, target_modules=["q_proj"], target_parameters=STACKS, scale=0.5)
+    merge_lora.merge(str(base), str(adapter), tmp_path / "merged", device="cpu")
+    words = ["to_lora", "--base_model", str(base), "--finetuned_model", str(tmp_path / "merged")]
+    words += ["--lora_path", str(adapter), "--output_dir", str(tmp_path / "lora")]
+    assert analyze_task_vectors.main([*words, "--device", "cpu"]) == 0
+    output = capsys.readouterr().out
+    unfused = load(base).state_dict()
+    assert f"6 of {len(unfused)} parameters as low-rank factors" in output
+    assert "rank 4 (6 of them)" in output
+    assert "in 2 of 2 parameters; its delta is recovered to" in output
+    assert "experts.gate_up_proj" in output
 
 
 def test_experts_whose_biases_changed_too_are_saved_whole(tiny, tmp_path):
