@@ -65,19 +65,13 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help=f"the task vector of step 2 (default: {DEFAULT_TASK_VECTOR_FILE})",
     )
-    parser.add_argument(
-        "--output_dir",
-        default="mathematical_analysis/",
-        metavar="DIR",
-        help="(default: mathematical_analysis/)",
-    )
-    parser.add_argument(
-        "--base_model",
-        metavar="MODEL",
+    cli.add_output_dir(parser, "mathematical_analysis/")
+    cli.add_base_model(
+        parser,
+        default=None,
         help="directory, .safetensors file or hub id of the base, from which the rounding floor is "
         f"predicted (default: the one that {STEP_3} beside --lora_file names, if it is here)",
     )
-    parser.add_argument("--revision", metavar="REV", help="the base's revision on the hub")
     parser.add_argument(
         "--verbose", action="store_true", help="print a line for every parameter too"
     )
@@ -108,9 +102,9 @@ def analyze(
     """
     from taskvec.figures.mathematics import CAPTIONS, draw
     from taskvec.mathematics.document import Analysis
+    from taskvec.mathematics.markdown import markdown
     from taskvec.mathematics.pair import pairs
     from taskvec.mathematics.parameter import analyse
-    from taskvec.mathematics.report import markdown
     from taskvec.output import output_directory, write_json
     from taskvec.taskvector import open_task_vector
     from taskvec.tensorfile import TensorFile
@@ -251,7 +245,7 @@ def _body(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.run(build_parser(), _body, argv)
+    return cli.run(build_parser, _body, argv)
 
 
 if __name__ == "__main__":

@@ -46,23 +46,9 @@ class StructureResult:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.new_parser(__doc__)
-    parser.add_argument(
-        "--task_vector_path",
-        metavar="PATH",
-        help=f"a task vector file or its directory (default: {DEFAULT_TASK_VECTOR})",
-    )
-    parser.add_argument(
-        "--finetuned_model",
-        metavar="MODEL",
-        help="a model to subtract --base_model from, instead of a task vector",
-    )
+    cli.add_task_vector(parser, DEFAULT_TASK_VECTOR)
     cli.add_base_model(parser, default=None)
-    parser.add_argument(
-        "--output_dir",
-        default="task_vector_structure/",
-        metavar="DIR",
-        help="(default: task_vector_structure/)",
-    )
+    cli.add_output_dir(parser, "task_vector_structure/")
     parser.add_argument(
         "--ranks",
         action=argparse.BooleanOptionalAction,
@@ -216,7 +202,7 @@ def _body(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.run(build_parser(), _body, argv)
+    return cli.run(build_parser, _body, argv)
 
 
 if __name__ == "__main__":

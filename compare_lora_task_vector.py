@@ -87,12 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="MODEL",
         help="a merged model to judge directly, instead of a task vector",
     )
-    parser.add_argument(
-        "--output_dir",
-        default="comparison_results/",
-        metavar="DIR",
-        help="(default: comparison_results/)",
-    )
+    cli.add_output_dir(parser, "comparison_results/")
     parser.add_argument(
         "--tolerance",
         type=not_negative,
@@ -312,7 +307,7 @@ def _body(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.run(build_parser(), _body, argv, shared=True)
+    return cli.run(build_parser, _body, argv, shared=True)
 
 
 if __name__ == "__main__":

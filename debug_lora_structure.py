@@ -31,12 +31,11 @@ MOST_NAMES = 6  # of a problem on the terminal; the JSON has them all
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.new_parser(__doc__, device=False)
     cli.add_lora_path(parser, several=False)
-    parser.add_argument(
-        "--base_model",
-        metavar="MODEL",
+    cli.add_base_model(
+        parser,
+        default=None,
         help="check the fit to this base: directory, .safetensors file or hub id (default: none)",
     )
-    parser.add_argument("--revision", metavar="REV", help="the base's revision on the hub")
     parser.add_argument(
         "--output_dir", metavar="DIR", help=f"write {RESULT} there (default: nothing is written)"
     )
@@ -213,7 +212,7 @@ def _body(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.run(build_parser(), _body, argv)
+    return cli.run(build_parser, _body, argv)
 
 
 if __name__ == "__main__":

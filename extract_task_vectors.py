@@ -50,9 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="MODEL",
         help="directory, .safetensors file or hub id (default: merged_model_fp32/)",
     )
-    parser.add_argument(
-        "--output_dir", default="task_vectors/", metavar="DIR", help="(default: task_vectors/)"
-    )
+    cli.add_output_dir(parser, "task_vectors/")
     parser.add_argument(
         "--base_precision",
         choices=["stored", "fp32", "fp16", "bf16"],
@@ -206,7 +204,7 @@ def _body(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.run(build_parser(), _body, argv, shared=True)
+    return cli.run(build_parser, _body, argv, shared=True)
 
 
 if __name__ == "__main__":

@@ -66,12 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = cli.new_parser(__doc__)
     cli.add_base_model(parser, default=None)
     cli.add_lora_path(parser, default=None)
-    parser.add_argument(
-        "--output_dir",
-        default="validation_results/",
-        metavar="DIR",
-        help="(default: validation_results/)",
-    )
+    cli.add_output_dir(parser, "validation_results/")
     parser.add_argument(
         "--task_vector_path", metavar="PATH", help="judge this task vector instead of making one"
     )
@@ -428,7 +423,7 @@ def _body(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.run(build_parser(), _body, argv, shared=True)
+    return cli.run(build_parser, _body, argv, shared=True)
 
 
 if __name__ == "__main__":

@@ -106,12 +106,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="L",
         help=f"how many leading vectors the figures look at (default: {LEADING})",
     )
-    parser.add_argument(
-        "--output_dir",
-        default="intruder_dimensions/",
-        metavar="DIR",
-        help="(default: intruder_dimensions/)",
-    )
+    cli.add_output_dir(parser, "intruder_dimensions/")
     parser.add_argument(
         "--cache_dir",
         metavar="DIR",
@@ -130,12 +125,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="where that model goes (default: scaled_model/)",
     )
-    parser.add_argument(
-        "--precision",
-        choices=["fp32", "fp16", "bf16"],
-        default="fp32",
-        help="format of that model (default: fp32)",
-    )
+    cli.add_precision(parser, "that model")
     return parser
 
 
@@ -368,7 +358,7 @@ def _body(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.run(build_parser(), _body, argv)
+    return cli.run(build_parser, _body, argv)
 
 
 if __name__ == "__main__":

@@ -25,16 +25,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from taskvec import cli
-from taskvec.flag_values import below_one, not_negative, positive, whole
 from taskvec.output import output_directory, write_json
-from taskvec.training.options import (
-    BACKENDS,
-    METHODS,
-    PRECISIONS,
-    SCHEDULES,
-    TrainingOptions,
-    versions,
-)
+from taskvec.training.flags import add_flags
+from taskvec.training.options import LEARNING_RATES, LoraOptions, TrainingOptions, versions
 
 if TYPE_CHECKING:  # torch is loaded only when there is work to do: --help stays fast
     import torch
@@ -45,24 +38,6 @@ if TYPE_CHECKING:  # torch is loaded only when there is work to do: --help stays
 
 LOG_FILE, CURVE_FILE = "training_log.json", "loss_curve.png"
 HELD_OUT_FRACTION = 0.1
-# Where nothing else is asked for. A whole model takes smaller steps than an adapter.
-LEARNING_RATES = {"lora": 1e-3, "full": 1e-4}
-
-
-@dataclass(frozen=True)
-class LoraOptions:
-    """The adapter that is asked for.
-
-    Attributes:
-        target_modules: names, ``all-linear``, or None for the attention's projections.
-    """
-
-    rank: int = 8
-    alpha: int = 8
-    dropout: float = 0.0
-    rslora: bool = False
-    target_modules: tuple[str, ...] | None = None
-    backend: str = "scratch"
 
 
 @dataclass(frozen=True)
@@ -76,105 +51,9 @@ class FinetuneResult:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    lora, training = LoraOptions(), TrainingOptions()
     parser = cli.new_parser(__doc__)
     cli.add_base_model(parser)
-
-    def add(group: Any, flag: str, default: Any, help: str, **kwargs: Any) -> None:
-        group.add_argument(flag, default=default, help=f"{help} (default: {default})", **kwargs)
-
-    data = parser.add_argument_group("text")
-    data.add_argument(
-        "--text", nargs="+", metavar="PATH", help="files, or folders that are searched with --glob"
-    )
-    add(data, "--glob", "*.txt", "names to look for in a folder", metavar="PATTERN")
-    length = training.sequence_length
-    add(data, "--sequence_length", length, "tokens in a window", type=whole(2), metavar="N")
-
-    output = parser.add_argument_group("output")
-    add(output, "--output_dir", "lora_adapter", "where the adapter or model goes", metavar="DIR")
-    output.add_argument(
-        "--save_every",
-        type=whole(1),
-        metavar="N",
-        help="steps between checkpoints, OUTPUT_DIR/checkpoint-N (default: none are written)",
-    )
-    output.add_argument(
-        "--keep_checkpoints",
-        type=whole(1),
-        metavar="N",
-        help="only the newest ones (default: all)",
-    )
-
-    output.add_argument(
-        "--count_only",
-        action="store_true",
-        help="say what training would take, from the base's config.json alone, and stop",
-    )
-
-    adapter = parser.add_argument_group("adapter")
-    add(adapter, "--method", METHODS[0], "train an adapter or every weight", choices=METHODS)
-    add(adapter, "--backend", lora.backend, "whose LoRA: the project's or PEFT's", choices=BACKENDS)
-    add(adapter, "--rank", lora.rank, "rows of A, columns of B", type=whole(1), metavar="R")
-    add(adapter, "--alpha", lora.alpha, "B A is scaled by alpha / rank", type=whole(1))
-    add(adapter, "--dropout", lora.dropout, "on the adapter's input", type=below_one)
-    adapter.add_argument(
-        "--rslora", action="store_true", help="scale by alpha / sqrt(rank) instead"
-    )
-    adapter.add_argument(
-        "--target_modules",
-        nargs="+",
-        metavar="MODULE",
-        help="what gets an adapter; all-linear: every linear module but the output head "
-        "(default: the attention's projections)",
-    )
-
-    group = parser.add_argument_group("training")
-    add(group, "--steps", training.steps, "optimiser steps, at most", type=whole(1), metavar="N")
-    batch = training.batch_size
-    add(group, "--batch_size", batch, "windows at once", type=whole(1), metavar="N")
-    add(
-        group,
-        "--gradient_accumulation_steps",
-        training.gradient_accumulation_steps,
-        "batches in an optimiser step",
-        type=whole(1),
-        metavar="N",
-    )
-    rates = ", ".join(f"{rate:g} for {method}" for method, rate in LEARNING_RATES.items())
-    group.add_argument(
-        "--learning_rate", type=positive, metavar="RATE", help=f"at its peak (default: {rates})"
-    )
-    add(group, "--schedule", training.schedule, "after the warm-up", choices=SCHEDULES)
-    group.add_argument(
-        "--warmup_steps",
-        type=whole(0),
-        metavar="N",
-        help="steps until the peak (default: one in twenty)",
-    )
-    decay = training.weight_decay
-    add(group, "--weight_decay", decay, "AdamW's, on matrices", type=not_negative)
-    group.add_argument(
-        "--eval_every",
-        type=whole(1),
-        metavar="N",
-        help="steps between measurements of the held-out loss (default: a tenth of --steps)",
-    )
-    group.add_argument(
-        "--until_loss",
-        type=positive,
-        metavar="LOSS",
-        help="stop when the held-out loss is measured at or below this; exit status 1 if it never "
-        "is",
-    )
-    add(
-        group,
-        "--mixed_precision",
-        training.mixed_precision,
-        "format of the matmuls, on a GPU",
-        choices=PRECISIONS,
-    )
-    add(group, "--seed", training.seed, "of A and of the batches", type=whole(0), metavar="N")
+    add_flags(parser)
     return parser
 
 
@@ -269,7 +148,7 @@ def count(base_model: str, revision: str | None, lora: LoraOptions | None) -> Fo
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.run(build_parser(), _finetune, argv)
+    return cli.run(build_parser, _finetune, argv)
 
 
 def _finetune(args: argparse.Namespace) -> int:

@@ -65,16 +65,7 @@ class InvestigationResult:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.new_parser(__doc__)
-    parser.add_argument(
-        "--task_vector_path",
-        metavar="PATH",
-        help=f"a task vector file or its directory (default: {DEFAULT_TASK_VECTOR})",
-    )
-    parser.add_argument(
-        "--finetuned_model",
-        metavar="MODEL",
-        help="a model to subtract --base_model from, instead of a task vector",
-    )
+    cli.add_task_vector(parser, DEFAULT_TASK_VECTOR)
     cli.add_base_model(parser, default=None)
     cli.add_lora_path(parser, default=None)
     parser.add_argument(
@@ -90,12 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="K",
         help="how many of the elements that changed most to list (default: 20)",
     )
-    parser.add_argument(
-        "--output_dir",
-        default="parameter_changes/",
-        metavar="DIR",
-        help="(default: parameter_changes/)",
-    )
+    cli.add_output_dir(parser, "parameter_changes/")
     return parser
 
 
@@ -350,7 +336,7 @@ def _body(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.run(build_parser(), _body, argv)
+    return cli.run(build_parser, _body, argv)
 
 
 if __name__ == "__main__":

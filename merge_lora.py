@@ -44,15 +44,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = cli.new_parser(__doc__)
     cli.add_base_model(parser)
     cli.add_lora_path(parser)
-    parser.add_argument(
-        "--output_dir", default="merged_model", metavar="DIR", help="(default: merged_model)"
-    )
-    parser.add_argument(
-        "--precision",
-        choices=["fp32", "fp16", "bf16"],
-        default="fp32",
-        help="format of the merged model (default: fp32, which leaves no rounding artifacts)",
-    )
+    cli.add_output_dir(parser, "merged_model")
+    cli.add_precision(parser, "the merged model", ", which leaves no rounding artifacts")
     parser.add_argument(
         "--rounding",
         choices=["once", "peft"],
@@ -60,9 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="once: add in fp32 and round the sum (default); peft: round the base first, as PEFT "
         "does with a base that was loaded in that dtype",
     )
-    parser.add_argument(
-        "--max_shard_size", metavar="SIZE", help="such as 5GB (default: the base's own shards)"
-    )
+    cli.add_max_shard_size(parser)
     return parser
 
 
@@ -199,7 +190,7 @@ def _body(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.run(build_parser(), _body, argv, shared=True)
+    return cli.run(build_parser, _body, argv, shared=True)
 
 
 if __name__ == "__main__":

@@ -67,9 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="as in merge_lora.py. once: add in fp32 and round the sum (default); peft: round the "
         "base first",
     )
-    parser.add_argument(
-        "--output_dir", default="precision_test/", metavar="DIR", help="(default: precision_test/)"
-    )
+    cli.add_output_dir(parser, "precision_test/")
     return parser
 
 
@@ -306,7 +304,7 @@ def _body(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.run(build_parser(), _body, argv)
+    return cli.run(build_parser, _body, argv)
 
 
 if __name__ == "__main__":

@@ -46,12 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = cli.new_parser(__doc__, device=False)
     cli.add_base_model(parser)
     cli.add_lora_path(parser, default=None)
-    parser.add_argument(
-        "--output_dir",
-        default="model_structure/",
-        metavar="DIR",
-        help="(default: model_structure/)",
-    )
+    cli.add_output_dir(parser, "model_structure/")
     return parser
 
 
@@ -243,7 +238,7 @@ def _body(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.run(build_parser(), _body, argv)
+    return cli.run(build_parser, _body, argv)
 
 
 if __name__ == "__main__":

@@ -122,12 +122,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=list(STEPS),
         help="what to measure (default: all); an earlier step that one needs is run all the same",
     )
-    parser.add_argument(
-        "--precision",
-        choices=["fp32", "fp16", "bf16"],
-        default="fp32",
-        help="format of the merged model (default: fp32)",
-    )
+    cli.add_precision(parser, "the merged model")
     parser.add_argument(
         "--skip_obvious", action="store_true", help="measure this project and cp alone"
     )
@@ -347,7 +342,7 @@ def _body(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.run(build_parser(), _body, argv)
+    return cli.run(build_parser, _body, argv)
 
 
 def _end(signum: int, frame: object) -> None:

@@ -83,12 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="each draws other A, batches and dropout (default: 0 1 2)",
     )
-    parser.add_argument(
-        "--output_dir",
-        default="intruder_experiment/",
-        metavar="DIR",
-        help="(default: intruder_experiment/)",
-    )
+    cli.add_output_dir(parser, "intruder_experiment/")
     return parser
 
 
@@ -231,7 +226,7 @@ def _body(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.run(build_parser(), _body, argv)
+    return cli.run(build_parser, _body, argv)
 
 
 if __name__ == "__main__":

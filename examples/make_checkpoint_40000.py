@@ -178,18 +178,13 @@ def readme(tensors: dict[str, np.ndarray], measured: Measured, nbytes: int, seed
 
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.new_parser(__doc__, device=False)
-    parser.add_argument(
-        "--output_dir",
-        default="checkpoint-40000",
-        metavar="DIR",
-        help="a new or empty directory (default: %(default)s)",
-    )
+    cli.add_output_dir(parser, "checkpoint-40000", "a new or empty directory")
     parser.add_argument("--seed", type=int, default=SEED, help="(default: %(default)s)")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.run(build_parser(), _make, argv)
+    return cli.run(build_parser, _make, argv)
 
 
 def _make(args: argparse.Namespace) -> int:

@@ -23,12 +23,7 @@ OUTPUT_FILES = ("config.json", "model.safetensors")
 
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.new_parser(__doc__, device=False)
-    parser.add_argument(
-        "--output_dir",
-        default="starcoder2-3b-shapes/",
-        metavar="DIR",
-        help="(default: starcoder2-3b-shapes/)",
-    )
+    cli.add_output_dir(parser, "starcoder2-3b-shapes/")
     return parser
 
 
@@ -77,7 +72,7 @@ def _body(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.run(build_parser(), _body, argv)
+    return cli.run(build_parser, _body, argv)
 
 
 if __name__ == "__main__":

@@ -274,12 +274,7 @@ def readme(log: dict[str, Any], model: Starcoder2ForCausalLM) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.new_parser(__doc__, device=False)
-    parser.add_argument(
-        "--output_dir",
-        default="examples/starcoder2-mini",
-        metavar="DIR",
-        help="where the model goes (default: %(default)s)",
-    )
+    cli.add_output_dir(parser, "examples/starcoder2-mini", "where the model goes")
     steps, seed = OPTIONS.steps, OPTIONS.seed
     parser.add_argument("--steps", type=whole(1), default=steps, help="(default: %(default)s)")
     parser.add_argument("--seed", type=whole(0), default=seed, help="(default: %(default)s)")
@@ -287,7 +282,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.run(build_parser(), _pretrain, argv)
+    return cli.run(build_parser, _pretrain, argv)
 
 
 def _pretrain(args: argparse.Namespace) -> int:

@@ -3,17 +3,16 @@
 A script is ``build_parser()``, one public function that does the work, and
 
     def main(argv: list[str] | None = None) -> int:
-        return cli.run(build_parser(), body, argv)
+        return cli.run(build_parser, body, argv)
 
 where ``body(args)`` returns the exit status: 0 done (and, for a check, it holds),
-1 the check was made and does not hold. `UserError` becomes one line and status 2.
+1 the check was made and does not hold. `UserError` becomes one line and status 2. The parser is
+handed over unbuilt, so that Ctrl-C while it is built ends like any other.
 """
 
 from __future__ import annotations
 
 import argparse
-import difflib
-import gc
 import os
 import sys
 import threading
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from unicodedata import category
 
 from taskvec import processes
+from taskvec.loading import import_torch
 
 if TYPE_CHECKING:
     import torch
@@ -112,14 +112,20 @@ def _add_common(parser: argparse.ArgumentParser, device: bool) -> None:
     common.add_argument("--quiet", action="store_true", help="print only the result lines")
 
 
-def add_base_model(parser: argparse.ArgumentParser, *, default: str | None = DEFAULT_BASE) -> None:
-    """The flags that name a base model: ``--base_model`` and ``--revision``."""
+def add_base_model(
+    parser: argparse.ArgumentParser, *, default: str | None = DEFAULT_BASE, help: str = ""
+) -> None:
+    """The flags that name a base model: ``--base_model`` and ``--revision``.
+
+    Args:
+        help: instead of what is said of a base, and of its default, elsewhere.
+    """
     shown = f" (default: {default})" if default else ""
     parser.add_argument(
         "--base_model",
         default=default,
         metavar="MODEL",
-        help=f"directory, .safetensors file or hub id{shown}",
+        help=help or f"directory, .safetensors file or hub id{shown}",
     )
     parser.add_argument("--revision", metavar="REV", help="the base's revision on the hub")
 
@@ -141,6 +147,51 @@ def add_lora_path(
         "--adapter_name",
         metavar="NAME",
         help="the folder in it, where PEFT saved the adapter under a name",
+    )
+
+
+def add_task_vector(parser: argparse.ArgumentParser, default: str) -> None:
+    """The flags of an analysis of a task vector: ``--task_vector_path``, ``--finetuned_model``.
+
+    Args:
+        default: the task vector where neither is given, which is the script's to apply.
+    """
+    parser.add_argument(
+        "--task_vector_path",
+        metavar="PATH",
+        help=f"a task vector file or its directory (default: {default})",
+    )
+    parser.add_argument(
+        "--finetuned_model",
+        metavar="MODEL",
+        help="a model to subtract --base_model from, instead of a task vector",
+    )
+
+
+def add_output_dir(parser: argparse.ArgumentParser, default: str, what: str = "") -> None:
+    """``--output_dir``; ``what`` says what goes there, where the script's help does not."""
+    parser.add_argument(
+        "--output_dir",
+        default=default,
+        metavar="DIR",
+        help=f"{what} (default: {default})".lstrip(),
+    )
+
+
+def add_precision(parser: argparse.ArgumentParser, what: str, why: str = "") -> None:
+    """``--precision``, the format of ``what`` is written; ``why`` remarks on the default."""
+    parser.add_argument(
+        "--precision",
+        choices=["fp32", "fp16", "bf16"],
+        default="fp32",
+        help=f"format of {what} (default: fp32{why})",
+    )
+
+
+def add_max_shard_size(parser: argparse.ArgumentParser) -> None:
+    """``--max_shard_size``, of a model that is written."""
+    parser.add_argument(
+        "--max_shard_size", metavar="SIZE", help="such as 5GB (default: the base's own shards)"
     )
 
 
@@ -176,9 +227,11 @@ def parse_args(
         parser.error(f"unrecognized arguments: {' '.join(argv)}: the command comes first")
     args = parser.parse_args(argv)
     if args.config is not None:
+        from taskvec.configfile import as_flags
+
         command = [argv.pop(0)] if has_commands else []
         described = _commands(parser).choices[command[0]] if command else parser
-        flags = _config_as_flags(described, Path(args.config), args)
+        flags = as_flags(described, Path(args.config), args)
         # A list of values ends where the next flag begins, not at a word of the command line.
         args = parser.parse_args([*command, *flags, f"--config={args.config}", *argv])
     _quiet = args.quiet
@@ -186,7 +239,7 @@ def parse_args(
 
 
 def run(
-    parser: argparse.ArgumentParser,
+    build_parser: Callable[[], argparse.ArgumentParser],
     body: Callable[[argparse.Namespace], int],
     argv: list[str] | None = None,
     *,
@@ -195,6 +248,9 @@ def run(
     """Parse and do the work; a user's mistake or a failing disk is one line and status 2.
 
     Args:
+        build_parser: makes the script's parser.
+        body: does the work with the flags, and returns the exit status.
+        argv: the command line without the script's name; sys.argv's if None.
         shared: the script's work can be shared by several processes, where a launcher has started
             them (`taskvec.processes`). The main one prints.
     """
@@ -202,8 +258,8 @@ def run(
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):  # a terminal without emoji shows '?' instead
                 stream.reconfigure(errors="replace")
-        args = parse_args(parser, argv)
-        _import_torch()
+        args = parse_args(build_parser(), argv)
+        import_torch()
         if shared:
             processes.join()
             if processes.started_one_of_several():
@@ -213,17 +269,17 @@ def run(
                 )
         return body(args)
     except UserError as error:
-        return _fail(parser, str(error))
+        return _fail(str(error))
     except processes.LostProcessError as error:
-        return _fail(parser, str(error), always=True)
+        return _fail(str(error), always=True)
     except BrokenPipeError:  # the reader of a pipe (`| head`) has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
     except MemoryError:
-        return _fail(parser, "not enough memory for these inputs")
+        return _fail("not enough memory for these inputs")
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
-        return _fail(parser, f"{error.strerror or error}{where}")
+        return _fail(f"{error.strerror or error}{where}")
     except KeyboardInterrupt:
         if processes.is_main():
             print("interrupted; nothing was left half-written", file=sys.stderr)
@@ -312,25 +368,13 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def _import_torch() -> None:
-    """Which every script needs: a tenth faster without the collector, which would find nothing."""
-    if "torch" in sys.modules:
-        return
-    gc.disable()
-    try:
-        import torch  # noqa: F401
-    finally:
-        gc.freeze()
-        gc.enable()
-
-
-def _fail(parser: argparse.ArgumentParser, message: str, *, always: bool = False) -> int:
+def _fail(message: str, *, always: bool = False) -> int:
     if not (always or processes.is_main()):
         return EXIT_BAD_INPUT
     one_line = printable(" ".join(message.split()))
     if len(one_line) > _LONGEST_MESSAGE:
         one_line = f"{one_line[: _LONGEST_MESSAGE // 2]} ... {one_line[-_LONGEST_MESSAGE // 2 :]}"
-    print(f"{parser.prog}: error: {one_line}", file=sys.stderr, flush=True)
+    print(f"{Path(sys.argv[0]).name}: error: {one_line}", file=sys.stderr, flush=True)
     return EXIT_BAD_INPUT
 
 
@@ -339,54 +383,3 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join("?" if category(x)[0] == "C" and x != "\n" else x for x in text)
-
-
-def _config_as_flags(
-    parser: argparse.ArgumentParser, path: Path, given: argparse.Namespace
-) -> list[str]:
-    """A YAML mapping as command-line words, so that argparse checks types and choices alike.
-
-    A flag that collects its values would join the file's with those ``given`` on the command line,
-    which win: the file's are left out.
-    """
-    from taskvec.configfile import read_flags
-
-    flags = {
-        option.lstrip("-"): action
-        for action in parser._actions
-        for option in action.option_strings
-        if option.startswith("--") and action.dest not in ("help", "config")
-    }
-    words: list[str] = []
-    for key, value in read_flags(path).items():
-        if key not in flags:
-            near = difflib.get_close_matches(str(key), flags, n=1, cutoff=0.0)
-            raise UserError(f"{path}: unknown key {key!r}; did you mean {near[0]!r}?")
-        collects = isinstance(flags[key], argparse._ExtendAction)
-        if collects and getattr(given, flags[key].dest):
-            continue
-        try:
-            words += _as_flag(path, key, value, flags[key])
-        except ValueError:  # a number of more digits than Python prints
-            raise UserError(f"{path}: {key}: a number that is too long") from None
-    return words
-
-
-def _as_flag(path: Path, key: str, value: object, action: argparse.Action) -> list[str]:
-    if value is None:
-        return []
-    if action.nargs == 0:  # a switch: --key, --no-key
-        if not isinstance(value, bool):
-            raise UserError(f"{path}: {key} is true or false, not {value!r}")
-        if isinstance(action, argparse.BooleanOptionalAction):
-            return [f"--{key}" if value else f"--no-{key}"]
-        return [f"--{key}"] if value else []
-    if isinstance(value, list) and action.nargs in ("+", "*"):
-        return [f"--{key}", *(_scalar(path, key, item) for item in value)]
-    return [f"--{key}={_scalar(path, key, value)}"]
-
-
-def _scalar(path: Path, key: str, value: object) -> str:
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise UserError(f"{path}: {key} takes a single value, not {value!r}")
-    return str(value)

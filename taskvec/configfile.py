@@ -6,6 +6,8 @@ grow without end, and a key given twice counts once. Both are refused.
 
 from __future__ import annotations
 
+import argparse
+import difflib
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
@@ -56,3 +58,53 @@ def read_flags(path: Path) -> dict[Any, object]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected `flag: value` lines, found {type(content).__name__}")
     return content
+
+
+def as_flags(parser: argparse.ArgumentParser, path: Path, given: argparse.Namespace) -> list[str]:
+    """A YAML mapping as command-line words, so that argparse checks types and choices alike.
+
+    A flag that collects its values would join the file's with those ``given`` on the command line,
+    which win: the file's are left out.
+
+    Raises:
+        UserError: as `read_flags`; or a key that is no flag, or a value that no flag takes.
+    """
+    flags = {
+        option.lstrip("-"): action
+        for action in parser._actions
+        for option in action.option_strings
+        if option.startswith("--") and action.dest not in ("help", "config")
+    }
+    words: list[str] = []
+    for key, value in read_flags(path).items():
+        if key not in flags:
+            near = difflib.get_close_matches(str(key), flags, n=1, cutoff=0.0)
+            raise UserError(f"{path}: unknown key {key!r}; did you mean {near[0]!r}?")
+        collects = isinstance(flags[key], argparse._ExtendAction)
+        if collects and getattr(given, flags[key].dest):
+            continue
+        try:
+            words += _as_flag(path, key, value, flags[key])
+        except ValueError:  # a number of more digits than Python prints
+            raise UserError(f"{path}: {key}: a number that is too long") from None
+    return words
+
+
+def _as_flag(path: Path, key: str, value: object, action: argparse.Action) -> list[str]:
+    if value is None:
+        return []
+    if action.nargs == 0:  # a switch: --key, --no-key
+        if not isinstance(value, bool):
+            raise UserError(f"{path}: {key} is true or false, not {value!r}")
+        if isinstance(action, argparse.BooleanOptionalAction):
+            return [f"--{key}" if value else f"--no-{key}"]
+        return [f"--{key}"] if value else []
+    if isinstance(value, list) and action.nargs in ("+", "*"):
+        return [f"--{key}", *(_scalar(path, key, item) for item in value)]
+    return [f"--{key}={_scalar(path, key, value)}"]
+
+
+def _scalar(path: Path, key: str, value: object) -> str:
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise UserError(f"{path}: {key} takes a single value, not {value!r}")
+    return str(value)

@@ -6,8 +6,8 @@ does not lie there as it is in memory (the format from before torch 1.6, strided
 one file at a time, and spooled to a temporary file without a name.
 
 A small file can claim much: torch itself would unpickle ``bytearray(10**12)``. So the pickle may
-name only what torch.save writes of tensors, records are not compressed, and what is spooled is
-bounded by the size of the file.
+hold only what torch.save writes of tensors (taskvec/pickled.py), records are not compressed, and
+what is spooled is bounded by the size of the file.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from __future__ import annotations
 import io
 import os
 import pickle
-import pickletools
 import re
 import tempfile
 import warnings
@@ -26,6 +25,7 @@ from typing import IO, Any
 
 import torch
 
+from taskvec import pickled
 from taskvec.cli import UserError
 from taskvec.header import DTYPE_NAMES, TensorInfo
 from taskvec.tensorfile import TensorFile
@@ -34,14 +34,8 @@ _LOCAL_HEADER_BYTES = 30
 _PIECE_BYTES = 1 << 24
 _MOST_SPOOLED = 4  # times the file's size: tensors may overlap, as slices of one storage do
 _PICKLES_BEFORE_1_6 = 5  # magic number, protocol, system, the state dict, keys of the storages
-# What zipfile and pickletools raise. RuntimeError: an archive with a password.
+# What zipfile and taskvec.pickled raise. RuntimeError: an archive with a password.
 _DAMAGED = (zipfile.BadZipFile, ValueError, RuntimeError, EOFError, OverflowError, zlib.error)
-
-# What a pickle of tensors by name refers to, as "module name".
-_TENSOR_GLOBALS = re.compile(
-    r"collections OrderedDict|torch(\.storage)? \w*Storage|torch\._utils _rebuild_parameter\w*"
-    r"|torch\._utils _rebuild_tensor(_v2|_v3)?|torch (float|bfloat|u?int|bool|complex)\w*"
-)
 
 
 class TorchFile(TensorFile):
@@ -139,22 +133,16 @@ def _check_pickle(path: Path, *, zipped: bool) -> None:
         with path.open("rb") as file:
             if not zipped:
                 for _ in range(_PICKLES_BEFORE_1_6):
-                    _check_globals(path, file)
+                    pickled.check(file)
                 return
         with zipfile.ZipFile(path) as archive:
             for name in archive.namelist():
                 if name.endswith("/data.pkl"):
-                    _check_globals(path, io.BytesIO(archive.read(name)))
+                    pickled.check(io.BytesIO(archive.read(name)))
+    except pickled.Foreign as foreign:
+        raise _not_unpickled(path, str(foreign)) from None
     except _DAMAGED as error:
         raise UserError(f"{path}: no state dict that torch can read: {error}") from None
-
-
-def _check_globals(path: Path, file: IO[bytes]) -> None:
-    for opcode, argument, _ in pickletools.genops(file):
-        if opcode.name in ("GLOBAL", "INST") and not _TENSOR_GLOBALS.fullmatch(str(argument)):
-            raise _not_unpickled(path, f"wants to call {str(argument).replace(' ', '.')}")
-        if opcode.name in ("STACK_GLOBAL", "EXT1", "EXT2", "EXT4"):
-            raise _not_unpickled(path, "holds more than tensors")
 
 
 def _not_unpickled(path: Path, what: str) -> UserError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import os
 import subprocess
 import sys
@@ -239,7 +240,7 @@ def test_the_documented_config_is_one_that_the_script_takes():
 
 
 def run(body, *flags):
-    return cli.run(cli.new_parser("A script."), body, list(flags))
+    return cli.run(lambda: cli.new_parser("A script."), body, list(flags))
 
 
 def talk(_):
@@ -309,6 +310,55 @@ def test_an_interruption_is_status_130_without_a_traceback(capsys):
     assert capsys.readouterr().err == "interrupted; nothing was left half-written\n"
 
 
+def test_nor_is_one_while_the_flags_are_still_being_put_together(capsys):
+    def build_parser():
+        raise KeyboardInterrupt
+
+    assert cli.run(build_parser, talk, []) == 130
+    assert capsys.readouterr() == ("", "interrupted; nothing was left half-written\n")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_can_be_interrupted_as_soon_as_it_is_read(script, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    for builder in ("new_parser", "new_command_parser"):
+        monkeypatch.setattr(cli, builder, interrupted)
+    assert importlib.import_module(script.removesuffix(".py")).main([]) == 130
+    assert capsys.readouterr().err == "interrupted; nothing was left half-written\n"
+
+
+# Ctrl-C reaches it even where the tests themselves were started in a shell's background.
+HEEDED = """
+import runpy, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+runpy.run_path("merge_lora.py", run_name="__main__")
+"""
+INTERRUPTED_TORCH = """
+import os, signal
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    signal.sigtimedwait([], 10)
+except KeyboardInterrupt:
+    pass
+"""
+
+
+@pytest.mark.parametrize("then", ["", "raise ImportError('numpy: loaded more than once')"])
+def test_an_interruption_that_is_lost_while_torch_loads_ends_the_run(tmp_path, then):
+    (tmp_path / "torch.py").write_text(INTERRUPTED_TORCH + then)
+    done = python("-c", HEEDED, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "interrupted; nothing was left half-written\n"
+
+
+def test_a_torch_that_cannot_be_loaded_is_no_interruption(tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('libtorch.so')")
+    done = python("merge_lora.py", env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 1 and done.stderr.endswith("ImportError: libtorch.so\n")
+
+
 def test_a_defect_of_the_program_is_not_dressed_up_as_the_users_mistake():
     with pytest.raises(ZeroDivisionError):
         run(raising(ZeroDivisionError()))
@@ -321,7 +371,7 @@ def body(_):
     for _ in range(100_000):
         cli.result("line")
     return 0
-sys.exit(cli.run(cli.new_parser("x"), body, []))
+sys.exit(cli.run(lambda: cli.new_parser("x"), body, []))
 """
 
 
@@ -337,8 +387,8 @@ def test_a_reader_that_leaves_is_no_traceback_and_no_verdict():
 
 
 def test_a_terminal_without_emoji_gets_a_question_mark():
-    code = "import sys; from taskvec import cli; "
-    code += "sys.exit(cli.run(cli.new_parser('x'), lambda _: cli.result('✅ done') or 0, []))"
+    code = "import sys; from taskvec import cli; body = lambda _: cli.result('✅ done') or 0; "
+    code += "sys.exit(cli.run(lambda: cli.new_parser('x'), body, []))"
     done = python("-c", code, env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert (done.returncode, done.stdout, done.stderr) == (0, "? done\n", "")
 

@@ -85,6 +85,28 @@ def test_links_lead_somewhere(document: Path) -> None:
         assert (document.parent / target).exists(), f"{document.name}: {target}"
 
 
+def anchors(document: Path) -> list[str]:
+    """What a link to each heading of a document is, in its order, as repositories show them."""
+    text = re.sub(r"```.*?```", "", document.read_text(encoding="utf-8"), flags=re.S)
+    titles = re.findall(r"^##+ (.+)$", text, re.M)
+    return [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_within_and_between_documents_lead_to_headings(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)#([^)\s]+)\)", text):
+        found = anchors(document.parent / target if target else document)
+        assert anchor in found, f"{document.name}: {target}#{anchor}"
+
+
+def test_readme_lists_all_of_its_chapters_but_the_list() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    contents = text[text.index("**Contents:**") :].partition("\n\n")[0]
+    chapters = [line for line in text.splitlines() if line.startswith("## ")]
+    assert len(re.findall(r"\(#", contents)) == len(chapters)
+
+
 def test_the_tree_in_readme_is_the_tree() -> None:
     """Every top-level file and every module of taskvec is named in README's tree, and exists."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")

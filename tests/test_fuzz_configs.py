@@ -276,12 +276,12 @@ def yaml_texts(draw: st.DrawFn) -> tuple[str, bytes]:
 def test_a_spoilt_yaml_file(sandbox, case):
     script, content = case
     with sandbox.with_file("c.yml", content):
-        parser = importlib.import_module(script).build_parser()
-        flags = {action.dest for action in parser._actions}
+        build_parser = importlib.import_module(script).build_parser
+        flags = {action.dest for action in build_parser()._actions}
 
         def body(args):
             assert set(vars(args)) <= flags
             return 0
 
         words = ["--config", str(sandbox.home / "c.yml")]
-        assert run_main(lambda words: cli.run(parser, body, words), words).status in (0, 2)
+        assert run_main(lambda words: cli.run(build_parser, body, words), words).status in (0, 2)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from taskvec.torchfile import TorchFile
 from tests import hostile
 from tests.hostile import Sandbox
 
@@ -221,6 +222,106 @@ def test_a_small_bin_file_takes_no_memory(sandbox, commands, name):
     assert found.status == 2
     assert found.err.count("\n") == 1 and message in found.err, found.err
     assert not sandbox.out.exists()
+
+
+# -- few bytes that take long ---------------------------------------------------------------
+
+FORTY = 40
+
+
+def doubled(depth: int) -> bytes:
+    """Opcodes of a tuple of twice the same tuple of twice ...: 2^depth for whoever walks it."""
+    return b")q\0" + b"h\0\x86q\0" * depth
+
+
+def doubled_list(depth: int) -> bytes:
+    """The same of lists, which no dictionary takes as a key, but an error message prints."""
+    return b"]q\0" + b"]q\1h\0ah\0aq\0" * depth
+
+
+def storage_of_key(key: bytes) -> bytes:
+    """Opcodes of a storage's reference, its key given as opcodes."""
+    start = b"(X\x07\0\0\0storage" + b"ctorch\nFloatStorage\n"
+    return start + key + b"X\3\0\0\0cpuK\1tQ"
+
+
+A = b"X\1\0\0\0a"
+ORDERED_DICT = b"ccollections\nOrderedDict\n"
+BUSY: dict[str, Callable[[int], bytes]] = {
+    "a key": lambda depth: b"}" + doubled(depth) + b"K\1s",
+    "one of several keys": lambda depth: b"}(" + A + b"K\1" + doubled(depth) + b"K\1u",
+    "a key in a list of pairs": lambda depth: (
+        ORDERED_DICT + b"]" + doubled(depth) + b"K\1\x86a\x85R"
+    ),
+    "a key of attributes": lambda depth: ORDERED_DICT + b")R]" + doubled(depth) + b"K\1\x86ab",
+    "a storage's key": lambda depth: b"}" + A + storage_of_key(doubled(depth)) + b"s",
+    "a key as deep as the stack": lambda depth: b"})" + b"\x85" * 25_000 * depth + b"K\1s",
+    "a function": lambda depth: doubled_list(depth) + b")R",
+    "a number as a key": lambda depth: b"}K\1K\1s",
+}
+
+
+def as_archive(pickled: bytes) -> bytes:
+    return zipped(lambda info, data: pickled if info.filename.endswith("data.pkl") else data)
+
+
+def as_before_1_6(pickled: bytes) -> bytes:
+    content = saved({"a": torch.zeros(2)}, _use_new_zipfile_serialization=False)
+    end = 0
+    for _ in range(3):  # magic number, protocol, system
+        end = content.index(b".", content.index(b"\x80\2", end)) + 1
+    return content[:end] + pickled + b"\x80\2]."
+
+
+@pytest.mark.parametrize("form", [as_archive, as_before_1_6])
+@pytest.mark.parametrize("what", BUSY)
+def test_a_small_bin_file_takes_no_time(sandbox, what, form):
+    ending = bin_base(sandbox, form(b"\x80\2" + BUSY[what](FORTY) + b"."))
+    assert ending.status == 2
+    assert "pytorch_model.bin: holds more than tensors: " in ending.err
+
+
+@pytest.mark.parametrize("form", [as_archive, as_before_1_6])
+@pytest.mark.parametrize("what", ["a key", "one of several keys"])
+def test_torch_reads_the_same_file_where_it_takes_no_time(tmp_path, what, form):
+    """So that it is not refused for something else."""
+    (tmp_path / "x.bin").write_bytes(form(b"\x80\2" + BUSY[what](3) + b"."))
+    two = ((), ())
+    read = torch.load(tmp_path / "x.bin", weights_only=True)
+    assert ((two, two), (two, two)) in read
+
+
+class Named(torch.nn.Module):
+    """With tied weights, a buffer, and what its state dict keeps for each module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+        self.other.weight = self.one.weight
+        self.register_buffer("scalar", torch.tensor(2.5))
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize(
+    "content",
+    [
+        Named().state_dict(),
+        dict(Named().named_parameters(remove_duplicate=False)),
+        {
+            "a.weight": torch.zeros(4, 3, dtype=torch.bfloat16).T,
+            "i": torch.ones(2, dtype=torch.int8),
+        },
+        {},
+    ],
+    ids=["state dict", "parameters", "types and strides", "nothing"],
+)
+def test_what_torch_saves_of_tensors_is_read(tmp_path, content, zipped):
+    path = tmp_path / "x.bin"
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    with TorchFile(path) as file:
+        assert list(file.tensors) == list(content)
+        for name, tensor in content.items():
+            assert torch.equal(file.read(file.tensors[name]), tensor)
 
 
 def bin_base(sandbox: Sandbox, content: bytes) -> hostile.Ending:

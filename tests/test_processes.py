@@ -85,14 +85,13 @@ def test_a_format_that_has_travelled_is_the_same_object():
 
 def test_a_script_that_does_not_share_its_work_is_alone_under_a_launcher(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    parser = cli.new_parser("A script.")
     counted = []
 
     def body(_: Namespace) -> int:
         counted.append(processes.count())
         return 0
 
-    assert cli.run(parser, body, []) == 0
+    assert cli.run(lambda: cli.new_parser("A script."), body, []) == 0
     assert counted == [1]
 
 
@@ -187,6 +186,6 @@ def test_a_launcher_that_starts_one_process_of_several_is_noticed(monkeypatch, c
     """accelerate launch --num_processes 2, without --multi_gpu, on a machine without GPUs."""
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
 
-    assert cli.run(cli.new_parser("A script."), lambda _: 0, [], shared=True) == 0
+    assert cli.run(lambda: cli.new_parser("A script."), lambda _: 0, [], shared=True) == 0
 
     assert "--multi_gpu" in capsys.readouterr().err

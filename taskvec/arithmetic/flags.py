@@ -26,7 +26,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
 def _add_show(parser: argparse.ArgumentParser) -> None:
     show = cli.add_command(parser, "show", "norms, sparsity, ranks and cosines, layer by layer")
     _add_task_vectors(show, "+")
-    _add_output(show, "task_vector_overview/")
+    cli.add_output_dir(show, "task_vector_overview/")
     show.add_argument(
         "--ranks",
         action=argparse.BooleanOptionalAction,
@@ -49,21 +49,14 @@ def _add_apply(parser: argparse.ArgumentParser) -> None:
         metavar="L",
         help="base + L * task vector; several make a directory scale_L of each (default: 1)",
     )
-    apply.add_argument(
-        "--precision",
-        choices=["fp32", "fp16", "bf16"],
-        default="fp32",
-        help="format of the models (default: fp32)",
-    )
+    cli.add_precision(apply, "the models")
     apply.add_argument(
         "--finetuned_model",
         metavar="MODEL",
         help="the model that the task vector was extracted from: check that scale 1 gives it back",
     )
-    _add_output(apply, "applied_model/")
-    apply.add_argument(
-        "--max_shard_size", metavar="SIZE", help="such as 5GB (default: the base's own shards)"
-    )
+    cli.add_output_dir(apply, "applied_model/")
+    cli.add_max_shard_size(apply)
 
 
 def _add_sums(parser: argparse.ArgumentParser) -> None:
@@ -79,7 +72,7 @@ def _add_sums(parser: argparse.ArgumentParser) -> None:
     for name in ("C", "B", "A"):
         analogy.add_argument(name, metavar=name, help="a task vector file or its directory")
     for command in (add, negate, scale, analogy):
-        _add_output(command, "combined_task_vector/")
+        cli.add_output_dir(command, "combined_task_vector/")
 
 
 def _add_sign_aware(parser: argparse.ArgumentParser) -> None:
@@ -118,7 +111,7 @@ def _add_sign_aware(parser: argparse.ArgumentParser) -> None:
                 "that agree; mergekit elects among weighted elements and divides by the sum of "
                 "their weights (ties) or not at all (dare_ties)",
             )
-        _add_output(command, "combined_task_vector/")
+        cli.add_output_dir(command, "combined_task_vector/")
 
 
 def _add_to_lora(parser: argparse.ArgumentParser) -> None:
@@ -145,7 +138,7 @@ def _add_to_lora(parser: argparse.ArgumentParser) -> None:
     to_lora.add_argument(
         "--max_rank", type=whole(1), metavar="N", help="the most that auto may choose"
     )
-    _add_output(to_lora, "extracted_lora/")
+    cli.add_output_dir(to_lora, "extracted_lora/")
 
 
 def _add_task_vectors(command: argparse.ArgumentParser, count: str | int) -> None:
@@ -171,12 +164,6 @@ def _add_task_vector(
 def _add_weights(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--weights", type=float, nargs="+", metavar="W", help="one for each (default: 1)"
-    )
-
-
-def _add_output(command: argparse.ArgumentParser, default: str) -> None:
-    command.add_argument(
-        "--output_dir", default=default, metavar="DIR", help=f"(default: {default})"
     )
 
 

@@ -79,7 +79,6 @@ def model_structure(document: dict[str, Any], paths: Sequence[Path]) -> Figure:
     Args:
         document: `taskvec.structure.describe`, with ``adapter`` (None, or its ``stored_share``).
     """
-    matplotlib.rcParams["text.parse_math"] = False  # a $ in a tensor's name is a $
     matplotlib.rcParams["svg.hashsalt"] = "model_structure"  # the same document, the same bytes
     sections, left_out = _sections(document)
     foot = _LEGEND + (0.3 if left_out else 0.0)

@@ -44,6 +44,8 @@ _UNBREAKABLE = re.compile(
     r" (?=[%×≥=])|(?<=[≥=‖]) |(?<=\blayer) |(?<=\blayer \d) |(?<=\blayer \d\d) "
 )
 
+_LONG_WORD, _LONGEST_WORD, _LONGEST = re.compile(r"\S{61,}"), 60, 600  # of a title, which has names
+
 WIDTH, DPI, MARGIN = 10.0, 150, 0.3
 TITLE, TEXT, SMALL = 15.0, 11.0, 9.5
 
@@ -65,6 +67,7 @@ _STYLE = {
     "legend.fontsize": SMALL,
     "savefig.dpi": DPI,
     "text.color": INK,
+    "text.parse_math": False,  # a $ in a name is a $
     "xtick.color": MUTED,
     "ytick.color": MUTED,
     "xtick.labelcolor": INK,
@@ -167,6 +170,7 @@ def text_width(text: str, size: float, *, bold: bool = False) -> float:
 
 def _wrapped(text: str, size: float, *, bold: bool = False) -> str:
     """Text broken into lines of about equal length that fit the page."""
+    text = elided(_LONG_WORD.sub(lambda word: elided(word[0], _LONGEST_WORD), text), _LONGEST)
     text = _UNBREAKABLE.sub("\N{NO-BREAK SPACE}", text)
     room = WIDTH - 2 * MARGIN
     fewest = max(1, math.ceil(text_width(text, size, bold=bold) / room))
@@ -181,7 +185,12 @@ def _wrapped(text: str, size: float, *, bold: bool = False) -> str:
 
 
 def elided(text: str, most: int = 34) -> str:
-    """Text cut in its middle to at most so many characters."""
+    """A name out of a file as it may be drawn: one line, without control codes, cut in its middle.
+
+    Args:
+        most: characters.
+    """
+    text = printable(text.replace("\n", "?"))
     if len(text) <= most:
         return text
     head = (most - 1) // 3

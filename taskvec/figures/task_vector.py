@@ -235,7 +235,7 @@ def ranks(document: dict[str, Any], path: Path) -> Figure:
     effective = page.axes(left + width + 0.3, 0.75, width, height)
     _rank_strip(stable, list(rows.values()), "stable_rank")
     _rank_strip(effective, list(rows.values()), "effective_rank")
-    stable.set_xlabel(r"stable rank $\|T\|_F^2\,/\,\|T\|_2^2$ (log)")
+    stable.set_xlabel(r"stable rank $\|T\|_F^2\,/\,\|T\|_2^2$ (log)", parse_math=True)
     effective.set_xlabel("effective rank (log)")
     stable.set_yticks(range(len(rows)), [elided(label) for label in labels])
     return page.save(path)

@@ -1,6 +1,6 @@
 """A whole task vector to an adapter: what becomes of each parameter, and why.
 
-lora         factors B and A
+lora         factors B and A; of a stack of matrices, such as experts', for each of them
 bias         the new value, stored with the adapter (PEFT: bias = "all")
 saved        the new value, its module being saved whole (PEFT: modules_to_save)
 unchanged    T is zero
@@ -25,7 +25,8 @@ from taskvec.compare import CAST, Magnitude, attribute_parameter, read_blocks
 from taskvec.lowrank.adapterfiles import AdapterFiles
 from taskvec.lowrank.factors import Factors, factorise
 from taskvec.lowrank.floor import FORMATS_FLOOR
-from taskvec.lowrank.layout import OTHER, Layout, Parameter, model_layout
+from taskvec.lowrank.layout import CONV1D, OTHER, WHOLE, Layout, Parameter, model_layout
+from taskvec.lowrank.stacks import Stack, apart, described_stack, interleaved, magnitude_of
 from taskvec.rounding import FP32
 from taskvec.subject import Subject
 
@@ -61,12 +62,14 @@ class Conversion:
 
     def parameter(self, name: str) -> Entry:
         """Find out what becomes of a parameter and do it; ready for JSON."""
-        magnitude, artifact = self._measure(name)
-        entry: Entry = {
-            "shape": list(self.subject.tensors[name].shape),
-            "norm": magnitude.norm,
-            "treatment": UNCHANGED,
-        }
+        stack = self.layout.stacks.get(name)
+        if stack is None:
+            magnitude, artifact = self._measure(name)
+            shape = self.subject.tensors[name].shape
+        else:
+            magnitude, artifact = magnitude_of(self.subject, stack.tensors, self.device)
+            shape = stack.shape
+        entry: Entry = {"shape": list(shape), "norm": magnitude.norm, "treatment": UNCHANGED}
         if magnitude.non_finite:
             raise UserError(f"{self.subject.vector.source}: {name}: holds NaN or infinity")
         if not magnitude.nonzero:
@@ -77,6 +80,8 @@ class Conversion:
         if place is None:
             reason = "the model has no parameter of this name in memory"
             return entry | {"treatment": LEFT_OUT, "reason": reason}
+        if stack is not None:
+            return entry | self._each_low_rank(name, stack, place)
         matrix = len(entry["shape"]) == 2 and min(entry["shape"]) > 0
         if place.kind != OTHER and place.leaf == "weight" and matrix:
             return entry | self._low_rank(name, place)
@@ -90,15 +95,47 @@ class Conversion:
         return result.task_vector, result.kind == CAST
 
     def _low_rank(self, name: str, place: Parameter) -> Entry:
-        factors = factorise(self.subject, name, self.device, self.rank, self.most)
-        finding, found = factors.finding, _described(factors)
-        noise = finding.rank == 0 and finding.source == FORMATS_FLOOR
-        if not factors.rank or noise:
+        factors = factorise(self.subject, [name], self.device, self.rank, self.most)
+        found = _described(factors)
+        if not _is_signal(factors):
             return {"treatment": BELOW_FLOOR, **found}
         self.files.add_factors(place, factors)
         if self.truth is not None and name in self.truth.scalings:
             found |= self._beside_the_truth(name, factors, self.truth)
         return {"treatment": LORA, **found}
+
+    def _each_low_rank(self, name: str, stack: Stack, place: Parameter) -> Entry:
+        """Factors of every matrix of a stack that has any above the noise."""
+        if any(other.kind == CONV1D for other in self.layout.parameters.values()):
+            return {"treatment": LEFT_OUT, "reason": "PEFT adapts no stacks beside GPT-2's Conv1D"}
+        if self._has_changed_others(place):
+            return self._whole(name, place)
+        subject = apart(self.subject, stack)
+        factors: list[Factors | None] = []
+        norms = []
+        for names in stack.matrices:
+            magnitude, artifact = magnitude_of(subject, names, self.device)
+            real = magnitude.nonzero and not artifact
+            ranks = self.rank, self.most
+            factors.append(factorise(subject, names, self.device, *ranks) if real else None)
+            norms.append(magnitude.norm)
+        if not any(factors):
+            return {"treatment": ARTIFACT}
+        kept = [own if own is not None and _is_signal(own) else None for own in factors]
+        found = described_stack(factors, kept, norms)
+        if not any(kept):
+            return {"treatment": BELOW_FLOOR, **found}
+        self.files.add_stack(place, interleaved(kept, stack.shape, place.transposed))
+        return {"treatment": LORA, **found}
+
+    def _has_changed_others(self, place: Parameter) -> bool:
+        """Whether a stack's module has parameters that changed and are no stacks."""
+        for name, other in self.layout.parameters.items():
+            if other.module == place.module and other.kind == OTHER:
+                magnitude, artifact = self._measure(name)
+                if magnitude.nonzero and not artifact:
+                    return True
+        return False
 
     def _beside_the_truth(self, name: str, factors: Factors, truth: Adapter) -> Entry:
         """How far the recovered delta, and T itself, are from the delta that was merged."""
@@ -123,7 +160,7 @@ class Conversion:
         reason = self._why_not(name, place)
         if reason:
             return {"treatment": LEFT_OUT, "reason": reason}
-        if place.kind != OTHER:
+        if place.kind not in WHOLE:
             self.files.add_bias(place, self._new_value(name))
             return {"treatment": BIAS}
         for other, where in self.layout.parameters.items():
@@ -135,10 +172,12 @@ class Conversion:
         """Why a parameter cannot be stored whole; None if it can."""
         if self.subject.base is None:
             return "its new value needs the base: give --base_model"
-        if place.kind != OTHER:
+        if place.kind not in WHOLE:
             if place.leaf == "bias":
                 return None
             return f"LoRA has no place for a parameter of shape {self.subject.tensors[name].shape}"
+        if name not in self.subject.tensors:
+            return f"{place.module} lies in pieces, and has other parameters that changed"
         if place.module in self.layout.parents:
             return f"{place.module or 'the model'} holds other modules, so it is not saved whole"
         stored = {p.leaf for p in self.layout.parameters.values() if p.module == place.module}
@@ -171,6 +210,8 @@ def convert(
 ) -> tuple[AdapterFiles, Layout, dict[str, Entry]]:
     """An adapter from a task vector, and what became of every parameter.
 
+    A stack of matrices that the base's file has in pieces is one parameter, by its name in memory.
+
     Args:
         base_model: what the adapter names as its base.
         rank, most, truth: as `Conversion`.
@@ -181,11 +222,17 @@ def convert(
     """
     layout = model_layout(subject.base, subject.tensors)
     modules = {parameter.module for parameter in layout.parameters.values()}
-    files = AdapterFiles(base_model, layout.task_type, modules)
+    in_memory = {
+        f"{module}.{leaf}" for module in layout.contents for leaf in layout.contents[module]
+    }
+    files = AdapterFiles(base_model, layout.task_type, modules, in_memory)
     conversion = Conversion(subject, layout, files, rank, most, truth, device)
-    entries = {}
-    for name, info in subject.tensors.items():
-        entries[name] = conversion.parameter(name)
+    entries: dict[str, Entry] = {}
+    of_stack = {tensor: name for name, stack in layout.stacks.items() for tensor in stack.tensors}
+    for tensor, info in subject.tensors.items():
+        name = of_stack.get(tensor, tensor)
+        if name not in entries:
+            entries[name] = conversion.parameter(name)
         bar.update(info.nbytes)
     if not any(entry["treatment"] == LORA for entry in entries.values()):
         raise UserError(
@@ -221,10 +268,21 @@ def summarise(entries: dict[str, Entry]) -> Entry:
         "largest_relative_error": max(entry["relative_error"] for entry in lora),
         "relative_error": math.sqrt(error / squared) if squared else 0.0,
         "lost_share": lost / real if real else 0.0,
-        "factor_elements": sum(e["rank"] * sum(e["shape"]) for e in lora),
+        "factor_elements": sum(_factor_elements(entry) for entry in lora),
         "matrix_elements": sum(math.prod(e["shape"]) for e in lora),
         "truth": _truth(known) if known else None,
     }
+
+
+def _factor_elements(entry: Entry) -> int:
+    *stack, m, n = entry["shape"]
+    return int(math.prod(stack) * entry["rank"] * (m + n))
+
+
+def _is_signal(factors: Factors) -> bool:
+    """Whether there are any, and more than the noise that the formats explain in them."""
+    finding = factors.finding
+    return bool(factors.rank) and (finding.rank > 0 or finding.source != FORMATS_FLOOR)
 
 
 def _truth(known: list[Entry]) -> Entry:

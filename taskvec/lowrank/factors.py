@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from taskvec.compare import read_blocks
+from taskvec.compare import BLOCK_ELEMENTS, read_blocks
 from taskvec.lowrank.floor import FloorSums, RankFinding
 from taskvec.spectrum import Spectrum, streamed_spectrum
 from taskvec.subject import Subject
 from taskvec.taskvector import FormedTaskVector, StoredTaskVector
+from taskvec.tensorfile import row_blocks
 
 _FIRST_LOOK = 16  # singular values that are computed before it is known how many there are
 
@@ -46,25 +47,35 @@ class Factors:
 
 
 def factorise(
-    subject: Subject, name: str, device: torch.device, rank: int | None, most: int | None = None
+    subject: Subject,
+    names: Sequence[str],
+    device: torch.device,
+    rank: int | None,
+    most: int | None = None,
 ) -> Factors:
     """The factors of one matrix.
 
     Args:
         subject: the task vector, and the base where there is one.
+        names: the tensors that the matrix is, one below the other.
         rank: how many singular triplets to keep; None for those above the noise.
         most: no more than these of them.
 
     Returns:
         factors of rank 0 where nothing stands above the noise and no rank was asked for.
     """
-    sums = _floor_sums(subject, name, device)
-    info = subject.tensors[name]
-    shape, side = (info.shape[0], info.shape[1]), min(info.shape)
+    sums = _floor_sums(subject, names, device)
+    shape = _shape(subject, names)
+    side = min(shape)
 
     def blocks() -> Iterator[tuple[int, torch.Tensor]]:
-        for start, rows in subject.blocks(name, device):
-            yield start, rows.double()
+        for first, name in _placed(subject, names):
+            if subject.vector.is_zero(name):
+                for start, stop in row_blocks(subject.tensors[name], BLOCK_ELEMENTS):
+                    zeros = torch.zeros(stop - start, shape[1], dtype=torch.float64, device=device)
+                    yield first + start, zeros
+            for start, rows in subject.blocks(name, device):
+                yield first + start, rows.double()
 
     leading = min(side, (rank or 0) + _FIRST_LOOK)
     while True:
@@ -104,13 +115,26 @@ def _factors(
     )
 
 
-def _floor_sums(subject: Subject, name: str, device: torch.device) -> FloorSums:
-    info, vector = subject.tensors[name], subject.vector
-    shape = (info.shape[0], info.shape[1])
+def _shape(subject: Subject, names: Sequence[str]) -> tuple[int, int]:
+    shapes = [subject.tensors[name].shape for name in names]
+    return sum(shape[0] for shape in shapes), shapes[0][1]
+
+
+def _placed(subject: Subject, names: Sequence[str]) -> Iterator[tuple[int, str]]:
+    """Each tensor with the matrix's row that it begins at."""
+    first = 0
+    for name in names:
+        yield first, name
+        first += subject.tensors[name].shape[0]
+
+
+def _floor_sums(subject: Subject, names: Sequence[str], device: torch.device) -> FloorSums:
+    vector, shape = subject.vector, _shape(subject, names)
     if subject.base is None:
         sums = FloorSums(shape, device)
-        for start, rows in subject.blocks(name, device):
-            sums.add(start, rows, None)
+        for first, name in _placed(subject, names):
+            for start, rows in subject.blocks(name, device):
+                sums.add(first + start, rows, None)
         return sums
     known = isinstance(vector, FormedTaskVector) or (
         isinstance(vector, StoredTaskVector) and vector.merged_format is not None
@@ -118,10 +142,11 @@ def _floor_sums(subject: Subject, name: str, device: torch.device) -> FloorSums:
     sums = FloorSums(
         shape,
         device,
-        merged=vector.formats(name)[0] if known else None,
-        stored=subject.base.tensors[name].dtype,
+        merged=vector.formats(names[0])[0] if known else None,
+        stored=subject.base.tensors[names[0]].dtype,
         base_format=vector.base_format,
     )
-    for block in read_blocks(subject.base, vector, name, device):
-        sums.add(block.start, block.task_vector, block)
+    for first, name in _placed(subject, names):
+        for block in read_blocks(subject.base, vector, name, device):
+            sums.add(first + block.start, block.task_vector, block)
     return sums

@@ -8,7 +8,7 @@ without it, names are taken as they stand and what looks like an embedding is on
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,9 +16,13 @@ import torch
 from taskvec import cli
 from taskvec.architecture import place
 from taskvec.checkpoint import Checkpoint
+from taskvec.conversions import conversion_of
 from taskvec.header import TensorInfo
+from taskvec.lowrank.stacks import Stack, stack_in_file, stacks_in_pieces
 
 LINEAR, CONV1D, EMBEDDING, OTHER = "linear", "conv1d", "embedding", "other"
+STACK, TRANSPOSED_STACK = "stack", "transposed stack"
+WHOLE = (OTHER, STACK, TRANSPOSED_STACK)  # of modules that can be saved whole
 
 
 @dataclass(frozen=True)
@@ -29,17 +33,20 @@ class Parameter:
         module: its module's name in memory.
         leaf: its own name there, such as weight.
         kind: of the module: "linear" (stored (out, in)), "conv1d" (stored (in, out)), "embedding"
-            or "other".
+            or "other"; of a parameter that is a stack of matrices: "stack" (stored (matrices, out,
+            in)) or "transposed stack".
+        index: among the module's own parameters, of a stack.
     """
 
     module: str
     leaf: str
     kind: str
+    index: int = 0
 
     @property
     def transposed(self) -> bool:
         """Stored as the transpose of B @ A: (in, out), or a row for each token."""
-        return self.kind in (CONV1D, EMBEDDING)
+        return self.kind in (CONV1D, EMBEDDING, TRANSPOSED_STACK)
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,8 @@ class Layout:
         task_type: PEFT's word for the model's head; None for another, or if not known.
         tied: the head's weight is the embedding's.
         known: false where names were all there was to go by.
+        stacks: parameters that are stacks of matrices: by their name in the checkpoint, or by that
+            in memory where the checkpoint has them in pieces.
     """
 
     parameters: dict[str, Parameter]
@@ -61,6 +70,7 @@ class Layout:
     task_type: str | None
     tied: bool
     known: bool
+    stacks: dict[str, Stack] = field(default_factory=dict)
 
 
 def model_layout(base: Checkpoint | None, tensors: Mapping[str, TensorInfo]) -> Layout:
@@ -69,7 +79,7 @@ def model_layout(base: Checkpoint | None, tensors: Mapping[str, TensorInfo]) -> 
     if base is not None and config:
         built = _build(base, config)
         if built is not None:
-            return _layout(built, config, tensors)
+            return _layout(built, base, tensors)
         cli.notice(
             f"{base.source}: transformers does not build this architecture; its modules are "
             "judged by their names."
@@ -116,9 +126,8 @@ def _build(base: Checkpoint, config: dict[str, Any]) -> torch.nn.Module | None:
     return built
 
 
-def _layout(
-    model: torch.nn.Module, config: dict[str, Any], tensors: Mapping[str, TensorInfo]
-) -> Layout:
+def _layout(model: torch.nn.Module, base: Checkpoint, tensors: Mapping[str, TensorInfo]) -> Layout:
+    config, conversion = base.config(), conversion_of(base.config())
     modules = dict(model.named_modules())
     in_memory = set(model.state_dict())
     contents: dict[str, set[str]] = {}
@@ -126,18 +135,29 @@ def _layout(
         module, _, leaf = name.rpartition(".")
         contents.setdefault(module, set()).add(leaf)
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    parameters = {}
-    for name in tensors:
-        tries = (name, prefix + name, name.removeprefix(prefix))
+    parameters, stacks = {}, {}
+    in_pieces = stacks_in_pieces(base)
+    for name in (*tensors, *in_pieces):
+        key = conversion.key(name)
+        if key.expert is not None:  # a piece, which has no place of its own
+            continue
+        tries = (name, key.name, prefix + key.name, key.name.removeprefix(prefix))
         found = next((known for known in tries if known in in_memory), None)
-        if found is not None:
-            module, _, leaf = found.rpartition(".")
-            parameters[name] = Parameter(module, leaf, _kind(modules[module]))
+        if found is None:
+            continue
+        module, _, leaf = found.rpartition(".")
+        kind = _kind(modules[module])
+        stack = in_pieces.get(name) or stack_in_file(name, tensors[name])
+        if stack is not None and kind == OTHER and _may_be_stacked(modules[module], leaf):
+            stacks[name] = stack
+            parameters[name] = _stacked(modules[module], module, leaf)
+        elif name in tensors:
+            parameters[name] = Parameter(module, leaf, kind)
     parents = {name for name, module in modules.items() if next(module.children(), None)}
     causal = any(word in type(model).__name__ for word in ("ForCausalLM", "LMHeadModel"))
     tied = bool(config.get("tie_word_embeddings", getattr(model, "_tied_weights_keys", None)))
     task_type = "CAUSAL_LM" if causal else None
-    return Layout(parameters, contents, parents, task_type, tied, known=True)
+    return Layout(parameters, contents, parents, task_type, tied, known=True, stacks=stacks)
 
 
 def _kind(module: torch.nn.Module) -> str:
@@ -148,3 +168,19 @@ def _kind(module: torch.nn.Module) -> str:
     if isinstance(module, Conv1D):
         return CONV1D
     return EMBEDDING if isinstance(module, torch.nn.Embedding) else OTHER
+
+
+def _may_be_stacked(module: torch.nn.Module, leaf: str) -> bool:
+    """PEFT adapts no buffers; a convolution's weight has three axes too, but is no stack."""
+    convolution = isinstance(module, torch.nn.modules.conv._ConvNd)
+    return leaf in _own_parameters(module) and not convolution
+
+
+def _stacked(module: torch.nn.Module, name: str, leaf: str) -> Parameter:
+    """As PEFT's ParamWrapper has it: matrices are (out, in) unless the module says otherwise."""
+    kind = TRANSPOSED_STACK if getattr(module, "is_transposed", False) else STACK
+    return Parameter(name, leaf, kind, _own_parameters(module).index(leaf))
+
+
+def _own_parameters(module: torch.nn.Module) -> list[str]:
+    return [name for name, _ in module.named_parameters(recurse=False)]

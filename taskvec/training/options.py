@@ -4,11 +4,28 @@ from __future__ import annotations
 
 import platform
 from dataclasses import dataclass
-from importlib.metadata import version
 
 SCHEDULES = ("cosine", "linear", "constant_with_warmup")
 PRECISIONS = ("no", "bf16", "fp16")
 METHODS, BACKENDS = ("lora", "full"), ("scratch", "peft")
+# Where nothing else is asked for. A whole model takes smaller steps than an adapter.
+LEARNING_RATES = {"lora": 1e-3, "full": 1e-4}
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """The adapter that is asked for.
+
+    Attributes:
+        target_modules: names, ``all-linear``, or None for the attention's projections.
+    """
+
+    rank: int = 8
+    alpha: int = 8
+    dropout: float = 0.0
+    rslora: bool = False
+    target_modules: tuple[str, ...] | None = None
+    backend: str = "scratch"
 
 
 @dataclass(frozen=True)
@@ -42,6 +59,8 @@ class TrainingOptions:
 
 def versions(*packages: str) -> dict[str, str | int]:
     """What the numbers of a run may depend on."""
+    from importlib.metadata import version
+
     import torch
 
     numbers = {package: version(package).split("+")[0] for package in packages}
