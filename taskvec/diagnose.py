@@ -16,7 +16,8 @@ from taskvec.adapter import Adapter
 from taskvec.checkpoint import Checkpoint
 from taskvec.compare import ParameterResult
 from taskvec.diagnosis.case import Case
-from taskvec.diagnosis.causes import Cause, marginal_cause, simple_causes
+from taskvec.diagnosis.cause import Cause
+from taskvec.diagnosis.causes import marginal_cause, simple_causes
 from taskvec.diagnosis.findings import examine
 from taskvec.diagnosis.remaining import remaining_causes
 from taskvec.taskvector import TaskVector

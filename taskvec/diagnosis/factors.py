@@ -83,17 +83,19 @@ class FactorTest:
         slack = abs(factor) * (slack + 2.0**-40)  # the latter for the factor's own rounding
         return self.low - slack <= factor <= self.high + slack
 
-    def add(self, block: Block) -> bool:
-        """Take rows into account; False if no factor is left."""
+    def add(self, block: Block, among: torch.Tensor | None = None) -> bool:
+        """Take rows into account, all or some of their elements; False if no factor is left."""
         base, target = block.subtracted.double(), block.task_vector.double()
         if self.base_format is not None:
             rounded = self.base_format.round(wide(block.base)).double()
             target, base = target + (base - rounded), rounded
         delta = self.update.exact(block.start, block.stop)
-        if not self._size:
-            self._size = _size_of(target, delta)
-        tolerance = self._tolerance(block, delta, base)
         finite = torch.isfinite(target)
+        if among is not None:
+            finite &= among
+        if not self._size:
+            self._size = _size_of(torch.where(finite, target, 0.0), torch.where(finite, delta, 0.0))
+        tolerance = self._tolerance(block, delta, base)
         telling = (delta.abs() > tolerance * _NO_INFORMATION) & finite
         if bool((finite & ~telling & (target.abs() > tolerance)).any()):
             self.low, self.high = math.inf, -math.inf
@@ -228,7 +230,7 @@ def _is_update_of(
 def _size_of(target: torch.Tensor, delta: torch.Tensor) -> float:
     """About how many times delta T is, and at least once."""
     squared = float((delta * delta).sum())
-    product = float((torch.where(torch.isfinite(target), target, 0.0) * delta).sum())
+    product = float((target * delta).sum())
     return max(1.0, abs(product / squared)) if squared else 1.0
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from taskvec.compare import ParameterResult
 from taskvec.diagnosis.case import Case
-from taskvec.diagnosis.causes import Cause, counted, named, whole
+from taskvec.diagnosis.cause import Cause, counted, named, whole
 from taskvec.diagnosis.findings import Findings
 from taskvec.diagnosis.quantised import quantised_bits
 from taskvec.diagnosis.remainder import (

@@ -1,0 +1,72 @@
+"""Do parameters hold the weights of others, as where layers were swapped or counted from 1?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from taskvec.certificate import Block
+from taskvec.compare import ParameterResult
+from taskvec.diagnosis.case import Case, merged_rows, wide
+from taskvec.diagnosis.factors import FactorTest
+from taskvec.rounding import NARROW_FORMATS, U32, subtract_rows
+
+
+def weights_elsewhere(case: Case, results: Sequence[ParameterResult]) -> dict[str, str]:
+    """Whose merged weights each parameter holds, of those that hold another's.
+
+    Args:
+        results: those that nothing simple explains. If it is not so of the first, with which the
+            others of its shape are compared, the rest is not looked at.
+
+    Returns:
+        parameter -> the parameter of the base, with its update, that it holds.
+    """
+    found: dict[str, str] = {}
+    shapes_without: set[tuple[int, ...]] = set()
+    for result in results:
+        if result.shape in shapes_without:
+            continue
+        source = _source_of(case, result)
+        if source:
+            found[result.name] = source
+        elif result.shape not in {case.base.tensors[name].shape for name in found}:
+            shapes_without.add(result.shape)
+    return found
+
+
+def _source_of(case: Case, result: ParameterResult) -> str | None:
+    row = case.base.tensors[result.name].rows // 2  # the first may be a token that is padding
+    block = case.probe(result.name, row)
+    for source, info in case.base.tensors.items():
+        if source == result.name or info.shape != result.shape or not info.is_float:
+            continue
+        if _is_merged(case, result.name, source, block) and all(
+            _is_merged(case, result.name, source, other) for other in case.blocks(result.name)
+        ):
+            return source
+    return None
+
+
+def _is_merged(case: Case, name: str, source: str, block: Block) -> bool:
+    """Whether rows of a parameter are those of another one, with the latter's update if it has one.
+
+    To within rounding: of a parameter without an update, to that of the task vector.
+    """
+    rows = case.base.read(source, block.start, block.stop).to(case.device)
+    base, merged = wide(rows), merged_rows(block)
+    if bool((base == base.flatten()[0]).all()):  # all ones, or zeros: that tells nothing
+        return False
+    seen = replace(block, base=rows, subtracted=base, task_vector=subtract_rows(merged, base))
+    if source in case.adapter.scalings:
+        update, format = case.update(source), case.format_of(name)
+        test = FactorTest(update, format, rows.dtype, None)
+        return test.add(seen) and test.holds and test.allows(1.0)
+    slack = 0.0
+    if block.merged is None:
+        slack = 2 * U32 * float(block.task_vector.abs().max() + block.subtracted.abs().max())
+    as_stored = [base, *(format.round(base) for format in NARROW_FORMATS)]
+    gaps = [float((merged - rounded.double()).abs().max()) for rounded in as_stored]
+    return min(gaps) <= slack and bool(torch.isfinite(merged).all())
