@@ -105,8 +105,13 @@ def _formats(results: Sequence[ParameterResult]) -> list[str]:
     return sorted(found, reverse=True)
 
 
-def rounding_cost(results: Sequence[ParameterResult]) -> Cost:
-    """What the merge lost to rounding, over all adapted parameters."""
+def rounding_cost(results: Sequence[ParameterResult], *, holds: bool = True) -> Cost:
+    """What the merge lost to rounding, over all adapted parameters.
+
+    Args:
+        holds: the certificate does; else the difference is not only rounding, and the sentence
+            does not call it so.
+    """
     pairs = adapted(results)
     error = sum(comparison.sums.difference_squared for _, comparison in pairs)
     delta = sum(comparison.sums.delta_squared for _, comparison in pairs)
@@ -117,10 +122,14 @@ def rounding_cost(results: Sequence[ParameterResult]) -> Cost:
         return Cost(None, lost_share, None, "The adapter changes nothing: its delta is zero.")
     relative = math.sqrt(error / delta)
     snr = -20 * math.log10(relative) if relative else None
+    off, lost_text = percent(relative), percent(lost_share)
+    what = f"the task vector is off the adapter's delta by {off} of the delta's norm"
+    if holds:
+        kept = percent(max(0.0, 1 - relative))
+        what = f"this merge keeps {kept} of the update: {off} of its norm is error"
     sentence = (
-        f"In {' and '.join(_formats(results))}, this merge keeps "
-        f"{percent(max(0.0, 1 - relative))} of the update: {percent(relative)} of its norm is "
-        f"error, and {percent(lost_share)} of its elements did not move at all."
+        f"In {' and '.join(_formats(results))}, {what}, and {lost_text} of its elements did not "
+        "move at all."
     )
     return Cost(relative, lost_share, snr, sentence)
 
@@ -182,7 +191,8 @@ def _violations(comparisons: Sequence[Comparison], names: list[str]) -> list[str
             f"largest, {format.largest:g}"
         )
     if non_finite:
-        parts.append(f"{_elements(non_finite)} of {listed(names)} are NaN or infinite")
+        verb = "is" if non_finite == 1 else "are"
+        parts.append(f"{_elements(non_finite)} of {listed(names)} {verb} NaN or infinite")
     if outside:
         verb = "differs" if outside == 1 else "differ"
         parts.append(

@@ -28,6 +28,7 @@ def simple_causes(findings: Findings, adapter: Adapter) -> list[Cause]:
         *_transposed(findings),
         *_misplaced(findings),
         *_reordered(findings),
+        *_reordered_rows(findings),
         *partly_merged(findings),
         *_shared(findings),
         *_unmerged_again(findings),
@@ -208,6 +209,20 @@ def _reordered(findings: Findings) -> list[Cause]:
     sentence += f", and {len(names) - 1} more are mixed up." if names[1:] else "."
     evidence = {"parameters": names, "weights_of": findings.reordered}
     return [Cause("reordered", sentence, evidence, len(names))]
+
+
+def _reordered_rows(findings: Findings) -> list[Cause]:
+    causes = []
+    for what, of in (("weights", "of the weights"), ("update", "of the update alone")):
+        names = [name for name, found in findings.reordered_rows.items() if found == what]
+        if names:
+            sentence = (
+                f"The rows {of} are in another order in {whole(names, findings)}, as where the "
+                "heads of an attention are laid out otherwise (Meta's or GGUF's for rotary "
+                "embeddings, fused projections)."
+            )
+            causes.append(Cause("reordered", sentence, {"rows_of": names}, len(names)))
+    return causes
 
 
 def _shared(findings: Findings) -> list[Cause]:

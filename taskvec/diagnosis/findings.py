@@ -18,7 +18,7 @@ from taskvec.diagnosis.outliers import (
     out_of_bounds,
 )
 from taskvec.diagnosis.partial import PartialMerge, partial_merge
-from taskvec.diagnosis.reordered import weights_elsewhere
+from taskvec.diagnosis.reordered import rows_reordered, weights_elsewhere
 from taskvec.rounding import Format
 from taskvec.verdict import adapted, judge
 
@@ -39,6 +39,7 @@ class Findings:
         factors: adapted parameters that are base + c * delta within rounding.
         misplaced: adapted parameters that got the update of another one, and whose.
         reordered: parameters that hold the weights of another one, and whose.
+        reordered_rows: parameters whose rows, or those of whose update, are in another order.
         partial: adapted parameters that took part of their update's elements only.
         zeroed: unadapted parameters of which elements here and there are zero.
         shared: unadapted parameters that got the update of one that they are tied to, and which.
@@ -56,6 +57,7 @@ class Findings:
     factors: dict[str, FactorTest] = field(default_factory=dict)
     misplaced: dict[str, str] = field(default_factory=dict)
     reordered: dict[str, str] = field(default_factory=dict)
+    reordered_rows: dict[str, str] = field(default_factory=dict)
     partial: dict[str, PartialMerge] = field(default_factory=dict)
     zeroed: list[Outliers] = field(default_factory=list)
     shared: dict[str, str] = field(default_factory=dict)
@@ -108,10 +110,14 @@ def _find_misplaced(case: Case, findings: Findings) -> None:
 
 
 def _find_reordered(case: Case, findings: Findings) -> None:
-    """Take out of what is left the parameters that hold the weights of others."""
+    """Take out of what is left the parameters with the weights, or rows, of another place."""
     findings.reordered = weights_elsewhere(case, [*findings.changed, *findings.rest])
-    findings.rest = [r for r in findings.rest if r.name not in findings.reordered]
-    findings.changed = [r for r in findings.changed if r.name not in findings.reordered]
+    for result in [*findings.changed, *findings.rest]:
+        if result.name not in findings.reordered and (what := rows_reordered(case, result)):
+            findings.reordered_rows[result.name] = what
+    explained = {*findings.reordered, *findings.reordered_rows}
+    findings.rest = [r for r in findings.rest if r.name not in explained]
+    findings.changed = [r for r in findings.changed if r.name not in explained]
 
 
 def _sort_non_finite(case: Case, result: ParameterResult, findings: Findings) -> None:

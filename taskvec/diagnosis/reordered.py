@@ -1,4 +1,8 @@
-"""Do parameters hold the weights of others, as where layers were swapped or counted from 1?"""
+"""Are weights, or rows of them, in the wrong place?
+
+As where layers were swapped or counted from 1, or where the rows of an attention's projections lie
+as in Meta's files and in GGUF, which order the rotary halves of a head otherwise than transformers.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,13 @@ from taskvec.certificate import Block
 from taskvec.compare import ParameterResult
 from taskvec.diagnosis.case import Case, merged_rows, wide
 from taskvec.diagnosis.factors import FactorTest
-from taskvec.rounding import NARROW_FORMATS, U32, subtract_rows
+from taskvec.rounding import NARROW_FORMATS, U32, half_ulp, subtract_rows
+
+_LEAST_ROWS, _PROJECTIONS = 16, 4
+_ROUNDINGS = 4  # half ulps: more than a sum of many independent rounding errors comes to
+_RESOLVED = (
+    0.05  # the sorted products of other rows are farther apart than this share of their size
+)
 
 
 def weights_elsewhere(case: Case, results: Sequence[ParameterResult]) -> dict[str, str]:
@@ -35,6 +45,38 @@ def weights_elsewhere(case: Case, results: Sequence[ParameterResult]) -> dict[st
         elif result.shape not in {case.base.tensors[name].shape for name in found}:
             shapes_without.add(result.shape)
     return found
+
+
+def rows_reordered(case: Case, result: ParameterResult) -> str | None:
+    """What has its rows in another order: "weights", "update", or None if nothing has.
+
+    The rows of two matrices are the same ones if their products with any vector are, once sorted;
+    it is tried with a few vectors.
+    """
+    info = case.base.tensors[result.name]
+    if len(result.shape) != 2 or info.rows < _LEAST_ROWS:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    shape = info.row_elements, _PROJECTIONS
+    vectors = torch.randn(shape, generator=generator, dtype=torch.float64).to(case.device)
+    update = case.update(result.name) if result.comparison is not None else None
+    seen: dict[str, list[list[torch.Tensor]]] = {"weights": [], "update": []}
+    for block in case.blocks(result.name):
+        base, merged = block.subtracted.double(), merged_rows(block)
+        delta = update.exact(block.start, block.stop) if update else torch.zeros_like(base)
+        blur = _ROUNDINGS * half_ulp(torch.maximum(base.abs(), merged.abs()), case.format)
+        noise = (blur**2 @ vectors**2).sqrt()
+        target = block.task_vector.double()
+        seen["weights"].append([merged @ vectors, (base + delta) @ vectors, noise])
+        seen["update"].append([target @ vectors, delta @ vectors, noise])
+    for what, blocks in seen.items():
+        there, expected, noise = (torch.cat(part) for part in zip(*blocks, strict=True))
+        size, doubt = _RESOLVED * expected.std(), noise.max()
+        gap = (there.sort(0).values - expected.sort(0).values).abs().max()
+        moved = (there - expected).abs().max() > size
+        if bool(moved) and bool(gap <= doubt) and bool(doubt < size):
+            return what
+    return None
 
 
 def _source_of(case: Case, result: ParameterResult) -> str | None:
