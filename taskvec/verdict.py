@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from taskvec.architecture import fold_names
 from taskvec.certificate import common_recipes
 from taskvec.compare import CAST, KINDS, UNEXPLAINED, Comparison, ParameterResult
 from taskvec.wording import listed, percent
@@ -163,11 +164,11 @@ def _reason(
     if name in (VIOLATED, INCOMPLETE):
         parts = _violations([c for r, c in pairs if r.name in violated], violated)
         if isolated:
-            parts.append(f"a few elements of {listed(isolated)} differ from an exact recipe")
+            parts.append(f"a few elements of {_named(isolated)} differ from an exact recipe")
         if missing:
-            parts.append(f"the adapter changes {listed(missing)}, the task vector does not")
+            parts.append(f"the adapter changes {_named(missing)}, the task vector does not")
         if unexplained:
-            parts.append(f"{listed(unexplained)} changed, which the adapter does not explain")
+            parts.append(f"{_named(unexplained)} changed, which the adapter does not explain")
         return "; ".join(parts)
     casts = sum(result.kind == CAST for result in results)
     tail = f"; {casts} more only show the base's own rounding" if casts else ""
@@ -187,16 +188,16 @@ def _violations(comparisons: Sequence[Comparison], names: list[str]) -> list[str
     if overflowed:
         format = next(c.format for c in certificates if c.overflowed)
         parts.append(
-            f"{_elements(overflowed)} of {listed(names)} became infinite: beyond {format.name}'s "
+            f"{_elements(overflowed)} of {_named(names)} became infinite: beyond {format.name}'s "
             f"largest, {format.largest:g}"
         )
     if non_finite:
         verb = "is" if non_finite == 1 else "are"
-        parts.append(f"{_elements(non_finite)} of {listed(names)} {verb} NaN or infinite")
+        parts.append(f"{_elements(non_finite)} of {_named(names)} {verb} NaN or infinite")
     if outside:
         verb = "differs" if outside == 1 else "differ"
         parts.append(
-            f"{_elements(outside)} of {listed(names)} {verb} from the adapter's delta by more than "
+            f"{_elements(outside)} of {_named(names)} {verb} from the adapter's delta by more than "
             "rounding can"
         )
     return parts
@@ -204,3 +205,11 @@ def _violations(comparisons: Sequence[Comparison], names: list[str]) -> list[str
 
 def _elements(count: int) -> str:
     return "1 element" if count == 1 else f"{count:,} elements"
+
+
+def _named(names: Sequence[str]) -> str:
+    """A few names; of more the number, and the names with those folded that differ in layers."""
+    folded = fold_names(names)
+    if len(names) <= 3:
+        return listed(names)
+    return f"{len(names)} parameters ({', '.join(folded[:3])}{', ...' if folded[3:] else ''})"

@@ -11,12 +11,12 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from taskvec.architecture import natural_key
 from taskvec.wording import number, percent, size
 
 Document = dict[str, Any]
@@ -168,7 +168,9 @@ def rows(comparisons: Mapping[str, Document]) -> list[Row]:
         certificate = content["summary"]["certificate"]
         failures = {name: text for key, text in _FAILURES.items() for name in certificate[key]}
         title = _title(label, content["summary"])
-        for name, entry in sorted(content["parameters"].items(), key=_natural):
+        parameters = content["parameters"]
+        for name in sorted(parameters, key=natural_key):
+            entry = parameters[name]
             failure = failures.get(name)
             cells = _cells(title, entry, failure)
             found.append(Row(name, title, entry["attribution"], failure is not None, cells))
@@ -236,12 +238,6 @@ def _title(label: str, summary: Document) -> str:
     """A label as people read it: what was given is named by its precision too."""
     precision = str(summary["certificate"]["precision"])
     return precision if label == precision else f"{label}, {precision}"
-
-
-def _natural(item: tuple[str, Any]) -> list[tuple[int, str]]:
-    """Names with their numbers in order: every part of a name is a number or a text."""
-    parts = re.split(r"(\d+)", item[0])
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
 
 
 def _ratio(value: float) -> str:
