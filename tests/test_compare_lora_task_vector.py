@@ -16,6 +16,7 @@ import compare_lora_task_vector
 from compare_lora_task_vector import compare
 from extract_task_vectors import extract
 from merge_lora import merge
+from taskvec.cli import UserError
 from tests.models import make_adapter, make_base
 
 # DESIGN: the keys that every consumer of comparison_results.json may rely on.
@@ -218,6 +219,16 @@ def tampered(chain: Path, target: Path, change: Any) -> Path:
 NAME = "model.layers.0.self_attn.q_proj.weight"
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_model_given_as_a_task_vector_is_told_from_one(
+    chain: Path, tmp_path: Path, precision: str
+) -> None:
+    model = chain / f"merged_{precision}" / "model.safetensors"
+    with pytest.raises(UserError, match=r"holds weights like the base's, not differences .*model"):
+        run(chain, tmp_path / "out", task_vector_path=model)
+    assert not (tmp_path / "out").exists()
+
+
 def negate(tensors: dict[str, torch.Tensor]) -> None:
     for tensor in tensors.values():
         tensor.neg_()
@@ -312,8 +323,6 @@ def test_both_subjects_at_once_are_refused(
 
 
 def test_a_base_with_other_shapes_is_refused(chain: Path, tmp_path: Path) -> None:
-    from taskvec.cli import UserError
-
     shutil.copytree(chain / "tv_fp32", tmp_path / "tv")
     tensors = load_file(tmp_path / "tv" / "task_vector.safetensors")
     tensors[NAME] = tensors[NAME][:, :-1].contiguous()
