@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from taskvec.architecture import natural_key
+from taskvec.architecture import fold_names, natural_key
 from taskvec.wording import number, percent, size
 
 Document = dict[str, Any]
@@ -271,8 +271,8 @@ def _pictures(figures: Document, images: Mapping[str, bytes]) -> dict[str | None
 
 
 def _short(names: Iterable[str], most: int = 12) -> list[str]:
-    """The first names of a list, and how many more there are."""
-    every = list(names)
+    """The first names of a list, those of several layers as one, and how many more there are."""
+    every = fold_names(names)
     more = len(every) - most
     return [*every[:most], f"… and {more:,} more"] if more > 0 else every
 
