@@ -68,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--ranks",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="compute stable and effective ranks, which takes longest",
+        help="compute stable and effective ranks, which takes longest (default: on)",
     )
     return parser
 

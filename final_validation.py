@@ -91,16 +91,19 @@ def build_parser() -> argparse.ArgumentParser:
         choices=PRECISIONS,
         default=list(PRECISIONS),
         metavar="P",
-        help="formats to merge in (default: fp32 fp16 bf16)",
+        help="formats to merge in, where no merge is given (default: fp32 fp16 bf16)",
     )
     parser.add_argument(
-        "--rounding", choices=["once", "peft"], default="once", help="as in merge_lora.py"
+        "--rounding",
+        choices=["once", "peft"],
+        default="once",
+        help="as in merge_lora.py (default: once)",
     )
     parser.add_argument(
         "--behaviour",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="compare logits on a few prompts (needs the whole model in memory)",
+        help="compare logits on a few prompts, with the whole model in memory (default: on)",
     )
     parser.add_argument("--prompts", nargs="+", metavar="TEXT", help="(default: five of code)")
     return parser
