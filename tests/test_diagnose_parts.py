@@ -185,3 +185,15 @@ def test_what_a_failed_merge_is_off_by_is_not_called_rounding(lab):
     assert "keeps" not in cost["cost"]["sentence"]
     held = here.compare(here.model())
     assert "this merge keeps 99.9" in held["cost"]["sentence"]
+
+
+@in_both
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+def test_a_dora_merged_as_if_it_were_a_plain_lora(lab, precision, factor):
+    here = lab(precision=precision, use_dora=True)
+    cause = here.cause(here.model(lambda n: factor * here.deltas[n] if n in here.deltas else None))
+    assert cause["cause"] == "magnitudes_left_out"
+    assert sorted(cause["evidence"]["parameters"]) == sorted(here.names)
+    for found in cause["evidence"]["factors"].values():
+        assert found == pytest.approx(factor, rel=0.01)
+    assert ("times about 0.5" in cause["sentence"]) == (factor == 0.5)

@@ -26,6 +26,7 @@ def simple_causes(findings: Findings, adapter: Adapter) -> list[Cause]:
         *_lower_precision_base(findings),
         *_lower_precision_adapter(findings),
         *_transposed(findings),
+        *_without_magnitudes(findings),
         *_misplaced(findings),
         *_reordered(findings),
         *_reordered_rows(findings),
@@ -184,6 +185,20 @@ def _transposed(findings: Findings) -> list[Cause]:
         "reproduced_share": min((1 - f.missed_share for f in by_bits.values()), default=None),
     }
     return [Cause("transposed", sentence, evidence, len(names))]
+
+
+def _without_magnitudes(findings: Findings) -> list[Cause]:
+    plain = {name: test for name, test in findings.factors.items() if test.plain}
+    if not plain:
+        return []
+    names, factors = list(plain), [test.factor for test in plain.values()]
+    times = "" if all(factor == 1 for factor in factors) else f", times about {factors[0]:.4g}"
+    sentence = (
+        f"DoRA's magnitudes were left out in {whole(names, findings)}: what was added is "
+        f"scaling * B @ A{times}, as if this were a plain LoRA."
+    )
+    evidence = {"parameters": names, "factors": dict(zip(names, factors, strict=True))}
+    return [Cause("magnitudes_left_out", sentence, evidence, len(names))]
 
 
 def _misplaced(findings: Findings) -> list[Cause]:

@@ -63,7 +63,9 @@ def _scaled_by_bounds(findings: Findings, adapter: Adapter) -> list[_Scaled]:
     found = []
     rslora = bool(adapter.config.values.get("use_rslora"))
     for name, test in findings.factors.items():
-        if test.vanishes or test.allows(1.0):  # another of the test's assumptions explains T
+        if (
+            test.vanishes or test.plain or test.allows(1.0)
+        ):  # another of the test's assumptions explains T
             continue
         scaling, rank = findings.scaling(name), test.update.rank
         texts = []
