@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from taskvec import cli
+from taskvec.wording import are
 
 if TYPE_CHECKING:  # torch is loaded only when there is work to do: --help stays fast
     from taskvec.subject import Subject
@@ -53,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--ranks",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="compute stable and effective ranks, which takes longest",
+        help="compute stable and effective ranks, which takes longest (default: on)",
     )
     return parser
 
@@ -142,7 +143,7 @@ def print_result(result: StructureResult) -> None:
     )
     cli.result(f"   Norm {summary['norm']:.4g}, largest element {summary['max_abs']:.4g}.")
     if count := sum(entry["non_finite_elements"] for entry in content["parameters"].values()):
-        cli.result(f"   ⚠️ {count:,} elements are NaN or infinite; they are in no norm.")
+        cli.result(f"   ⚠️ {are(count, 'element')} NaN or infinite, and in no norm.")
     _print_groups("block", content["by_block"], cli.result)
     _print_groups("module", content["by_module"], cli.result)
     _print_groups("kind", content["by_kind"], cli.detail)

@@ -101,7 +101,10 @@ def build_parser() -> argparse.ArgumentParser:
         ("architecture_analysis", "write the architecture's figure and its section in the report"),
     ):
         parser.add_argument(
-            f"--{flag}", action=argparse.BooleanOptionalAction, default=True, help=what
+            f"--{flag}",
+            action=argparse.BooleanOptionalAction,
+            default=True,
+            help=f"{what} (default: on)",
         )
     return parser
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from taskvec import cli, processes
+from taskvec.wording import are
 
 if TYPE_CHECKING:  # torch is loaded only when there is work to do: --help stays fast
     import torch
@@ -128,7 +129,7 @@ def extract(
         summary = summarise(tensors, found, metadata)
         processes.by_main(lambda: write_json(partial / SUMMARY, summary))
     if summary["non_finite_elements"]:
-        cli.notice(f"⚠️ {summary['non_finite_elements']} elements are NaN or infinite.")
+        cli.notice(f"⚠️ {are(summary['non_finite_elements'], 'element')} NaN or infinite.")
     return ExtractResult(target, summary["total_parameters"], summary["nonzero_parameters"])
 
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # torch is loaded only when there is work to do: --help stays
 EXAMPLES = Path(__file__).parent / "examples"
 EXAMPLE_BASE, EXAMPLE_LORA = EXAMPLES / "starcoder2-mini", EXAMPLES / "starcoder2-mini-lora"
 PRECISIONS = ("fp32", "fp16", "bf16")
+GIVEN = "given"  # the label of what was not made here
 SUMMARY, REPORT = "validation_summary.json", "validation_report.txt"
 HTML_REPORT = "validation_report.html"
 IMPACT_FIGURE, ULP_FIGURE = "precision_impact.png", "rounding_error_in_ulps.png"
@@ -43,6 +44,12 @@ class Subject:
     task_vector: Path | None
     merged_model: str | None
     comparison: ComparisonResult
+
+    @property
+    def title(self) -> str:
+        """The precision, whether it was made or given, as figures name it."""
+        precision = str(self.comparison.summary["certificate"]["precision"])
+        return precision if self.label == GIVEN else self.label
 
 
 @dataclass(frozen=True)
@@ -79,16 +86,19 @@ def build_parser() -> argparse.ArgumentParser:
         choices=PRECISIONS,
         default=list(PRECISIONS),
         metavar="P",
-        help="formats to merge in (default: fp32 fp16 bf16)",
+        help="formats to merge in, where no merge is given (default: fp32 fp16 bf16)",
     )
     parser.add_argument(
-        "--rounding", choices=["once", "peft"], default="once", help="as in merge_lora.py"
+        "--rounding",
+        choices=["once", "peft"],
+        default="once",
+        help="as in merge_lora.py (default: once)",
     )
     parser.add_argument(
         "--behaviour",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="compare logits on a few prompts (needs the whole model in memory)",
+        help="compare logits on a few prompts, with the whole model in memory (default: on)",
     )
     parser.add_argument("--prompts", nargs="+", metavar="TEXT", help="(default: five of code)")
     return parser
@@ -255,8 +265,8 @@ def _judge_given(
         finetuned_model=finetuned_model,
         **common,
     )
-    _say_compared("given", comparison)
-    return Subject("given", file, finetuned_model, comparison)
+    _say_compared(GIVEN, comparison)
+    return Subject(GIVEN, file, finetuned_model, comparison)
 
 
 def _behaviour(
@@ -326,7 +336,7 @@ def _draw_precisions(subjects: Sequence[Subject], directory: Path) -> dict[str, 
     from taskvec.figures import comparison as figures
     from taskvec.output import output_file
 
-    documents = {subject.label: subject.comparison.document for subject in subjects}
+    documents = {subject.title: subject.comparison.document for subject in subjects}
     with output_file(directory / IMPACT_FIGURE) as partial:
         figures.precision_impact(documents, partial)
     with output_file(directory / ULP_FIGURE) as partial:

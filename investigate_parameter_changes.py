@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from taskvec import cli
 from taskvec.flag_values import whole
+from taskvec.wording import are
 
 if TYPE_CHECKING:  # torch is loaded only when there is work to do: --help stays fast
     import torch
@@ -231,7 +232,7 @@ def print_result(result: InvestigationResult) -> None:
         f"{summary['changed_elements']:,} of {summary['total_elements']:,} elements changed."
     )
     if summary["non_finite_elements"]:
-        cli.result(f"   ⚠️ {summary['non_finite_elements']:,} elements are NaN or infinite.")
+        cli.result(f"   ⚠️ {are(summary['non_finite_elements'], 'element')} NaN or infinite.")
     if summary["attribution"]:
         _print_reasons(content)
     else:

@@ -101,6 +101,12 @@ def fold_names(names: Iterable[str]) -> list[str]:
     return [".".join(parts) for parts in rows]
 
 
+def natural_key(name: str) -> list[tuple[int, str]]:
+    """For sorting names with their numbers in order, layer 2 before layer 10."""
+    parts = re.split(r"(\d+)", name)
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
+
+
 def template(name: str) -> tuple[str | None, ...]:
     """The parts of a name with None for its numbers (of layers, of experts)."""
     return tuple(None if is_index(part) else part for part in name.split("."))

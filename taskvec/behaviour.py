@@ -128,8 +128,8 @@ def tokenize(directory: str, prompts: Sequence[str]) -> list[list[int]]:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"{directory} has no tokenizer: {_first_line(error)}") from None
+    except (OSError, ValueError, ImportError):
+        raise UserError(f"{directory} has no tokenizer that transformers can load") from None
     ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     if not any(ids):
         raise UserError(f"{directory} has no tokenizer that knows a token of the prompts")
@@ -186,6 +186,7 @@ def _model(source: str, device: torch.device) -> Iterator[Any]:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     warnings.simplefilter("ignore", FutureWarning)  # between PEFT and transformers, not the user's
+    warnings.filterwarnings("ignore", module="peft")  # about merges, and PEFT makes none here
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).to(device)
     except (OSError, ValueError, ImportError) as error:

@@ -16,7 +16,8 @@ from taskvec.adapter import Adapter
 from taskvec.checkpoint import Checkpoint
 from taskvec.compare import ParameterResult
 from taskvec.diagnosis.case import Case
-from taskvec.diagnosis.causes import Cause, marginal_cause, simple_causes
+from taskvec.diagnosis.cause import Cause
+from taskvec.diagnosis.causes import marginal_cause, simple_causes
 from taskvec.diagnosis.findings import examine
 from taskvec.diagnosis.remaining import remaining_causes
 from taskvec.taskvector import TaskVector
@@ -41,9 +42,10 @@ def diagnose(
 
     Returns:
         causes, the one that explains most parameters first; empty for a merge that holds. Their
-        names: nothing_merged, some_modules_not_merged, scaled, transposed, misplaced, tied,
-        merged_and_unmerged, lower_precision_base, lower_precision_adapter, wrong_base,
-        other_adapter, additional_adapter, further_training, corrupted, overflow, unknown.
+        names: nothing_merged, some_modules_not_merged, scaled, transposed, magnitudes_left_out,
+        misplaced, reordered, tied, merged_and_unmerged, thinned_out, truncated, pruned, quantised,
+        lower_precision_base, lower_precision_adapter, wrong_base, other_adapter,
+        additional_adapter, further_training, corrupted, overflow, unknown.
     """
     format = adapted(results)[0][1].certificate.format
     case = Case(base, adapter, vector, device, format)

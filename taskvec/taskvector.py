@@ -21,7 +21,7 @@ from taskvec.difference import is_zero
 from taskvec.header import TensorInfo
 from taskvec.names import aligned
 from taskvec.rounding import BF16, FORMATS, FP16, FP32, Format, all_finite, subtract_rows
-from taskvec.tensorfile import TensorFile, same_bits, to_device
+from taskvec.tensorfile import TensorFile, row_blocks, same_bits, to_device
 from taskvec.ties import set_copies_aside
 
 TASK_VECTOR_FILE = "task_vector.safetensors"
@@ -30,6 +30,9 @@ TASK_VECTOR_FILE = "task_vector.safetensors"
 BASE_PRECISION, MERGED_PRECISION = "base_precision", "merged_precision"
 
 _ALL_FORMATS = (BF16, FP16, FP32)
+
+# A task vector T is a model's file by mistake where ‖T - W‖ is so small a share of ‖W‖.
+_LIKE_THE_BASE, _LOOKED_AT, _LOOKED_AT_ELEMENTS = 0.1, 4, 1 << 15
 
 
 class TaskVector(Protocol):
@@ -97,7 +100,8 @@ class StoredTaskVector:
         """Refuse a task vector of another architecture; from here on its tensors have base's names.
 
         Raises:
-            UserError: names the first tensor that the base lacks or has in another shape.
+            UserError: names the first tensor that the base lacks or has in another shape; or the
+                file holds a model, such as the merged one, and no differences.
         """
         path = self.file.path
         held = Checkpoint(
@@ -105,6 +109,25 @@ class StoredTaskVector:
         )
         set_copies_aside(held)
         self.file.tensors = aligned(base, held, partly=True).tensors
+        if self._is_model(base):
+            raise UserError(
+                f"{path}: holds weights like the base's, not differences from them; "
+                "extract_task_vectors.py makes a task vector of a model, and --finetuned_model "
+                "takes the model itself"
+            )
+
+    def _is_model(self, base: Checkpoint) -> bool:
+        """Whether the largest tensors, as far as they are looked at, are nearly the base's own."""
+        common = [name for name in self.tensors if name in base.tensors]
+        seen = []
+        for name in sorted(common, key=lambda name: -self.tensors[name].elements)[:_LOOKED_AT]:
+            info = self.tensors[name]
+            start, stop = next(iter(row_blocks(info, _LOOKED_AT_ELEMENTS)), (0, 0))
+            weights = base.read(name, start, stop).double()
+            if size := float(weights.norm()):
+                rows = self.file.read(info, start, stop).double()
+                seen.append(float((rows - weights).norm()) <= _LIKE_THE_BASE * size)
+        return bool(seen) and all(seen)
 
     def block(self, base: torch.Tensor, name: str, start: int, stop: int) -> Block:
         if name in self.file.tensors:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from taskvec.architecture import fold_names
 from taskvec.certificate import common_recipes
 from taskvec.compare import CAST, KINDS, UNEXPLAINED, Comparison, ParameterResult
 from taskvec.wording import listed, percent
@@ -105,8 +106,13 @@ def _formats(results: Sequence[ParameterResult]) -> list[str]:
     return sorted(found, reverse=True)
 
 
-def rounding_cost(results: Sequence[ParameterResult]) -> Cost:
-    """What the merge lost to rounding, over all adapted parameters."""
+def rounding_cost(results: Sequence[ParameterResult], *, holds: bool = True) -> Cost:
+    """What the merge lost to rounding, over all adapted parameters.
+
+    Args:
+        holds: the certificate does; else the difference is not only rounding, and the sentence
+            does not call it so.
+    """
     pairs = adapted(results)
     error = sum(comparison.sums.difference_squared for _, comparison in pairs)
     delta = sum(comparison.sums.delta_squared for _, comparison in pairs)
@@ -117,10 +123,14 @@ def rounding_cost(results: Sequence[ParameterResult]) -> Cost:
         return Cost(None, lost_share, None, "The adapter changes nothing: its delta is zero.")
     relative = math.sqrt(error / delta)
     snr = -20 * math.log10(relative) if relative else None
+    off, lost_text = percent(relative), percent(lost_share)
+    what = f"the task vector is off the adapter's delta by {off} of the delta's norm"
+    if holds:
+        kept = percent(max(0.0, 1 - relative))
+        what = f"this merge keeps {kept} of the update: {off} of its norm is error"
     sentence = (
-        f"In {' and '.join(_formats(results))}, this merge keeps "
-        f"{percent(max(0.0, 1 - relative))} of the update: {percent(relative)} of its norm is "
-        f"error, and {percent(lost_share)} of its elements did not move at all."
+        f"In {' and '.join(_formats(results))}, {what}, and {lost_text} of its elements did not "
+        "move at all."
     )
     return Cost(relative, lost_share, snr, sentence)
 
@@ -154,11 +164,11 @@ def _reason(
     if name in (VIOLATED, INCOMPLETE):
         parts = _violations([c for r, c in pairs if r.name in violated], violated)
         if isolated:
-            parts.append(f"a few elements of {listed(isolated)} differ from an exact recipe")
+            parts.append(f"a few elements of {_named(isolated)} differ from an exact recipe")
         if missing:
-            parts.append(f"the adapter changes {listed(missing)}, the task vector does not")
+            parts.append(f"the adapter changes {_named(missing)}, the task vector does not")
         if unexplained:
-            parts.append(f"{listed(unexplained)} changed, which the adapter does not explain")
+            parts.append(f"{_named(unexplained)} changed, which the adapter does not explain")
         return "; ".join(parts)
     casts = sum(result.kind == CAST for result in results)
     tail = f"; {casts} more only show the base's own rounding" if casts else ""
@@ -178,16 +188,16 @@ def _violations(comparisons: Sequence[Comparison], names: list[str]) -> list[str
     if overflowed:
         format = next(c.format for c in certificates if c.overflowed)
         parts.append(
-            f"{_elements(overflowed)} of {listed(names)} became infinite: beyond {format.name}'s "
+            f"{_elements(overflowed)} of {_named(names)} became infinite: beyond {format.name}'s "
             f"largest, {format.largest:g}"
         )
     if non_finite:
         verb = "is" if non_finite == 1 else "are"
-        parts.append(f"{_elements(non_finite)} of {listed(names)} {verb} NaN or infinite")
+        parts.append(f"{_elements(non_finite)} of {_named(names)} {verb} NaN or infinite")
     if outside:
         verb = "differs" if outside == 1 else "differ"
         parts.append(
-            f"{_elements(outside)} of {listed(names)} {verb} from the adapter's delta by more than "
+            f"{_elements(outside)} of {_named(names)} {verb} from the adapter's delta by more than "
             "rounding can"
         )
     return parts
@@ -195,3 +205,11 @@ def _violations(comparisons: Sequence[Comparison], names: list[str]) -> list[str
 
 def _elements(count: int) -> str:
     return "1 element" if count == 1 else f"{count:,} elements"
+
+
+def _named(names: Sequence[str]) -> str:
+    """A few names; of more the number, and the names with those folded that differ in layers."""
+    folded = fold_names(names)
+    if len(names) <= 3:
+        return listed(names)
+    return f"{len(names)} parameters ({', '.join(folded[:3])}{', ...' if folded[3:] else ''})"

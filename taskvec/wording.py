@@ -40,6 +40,11 @@ def size(nbytes: float) -> str:
     return f"{nbytes / 1000**exponent:.2f} {('B', 'kB', 'MB', 'GB')[exponent]}"
 
 
+def are(count: int, what: str) -> str:
+    """A number of things, with the noun and the verb in its number: "1 element is"."""
+    return f"1 {what} is" if count == 1 else f"{count:,} {what}s are"
+
+
 def listed(names: Sequence[str], most: int = 3) -> str:
     """A few names, or the number of them and the first ones."""
     shown = ", ".join(names[:most])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from compare_lora_task_vector import compare
 from extract_task_vectors import extract
 from merge_lora import merge
 from taskvec.cli import UserError
+from taskvec.diagnose import diagnose
 from tests.models import make_adapter, make_base
 
 # DESIGN: the keys that every consumer of comparison_results.json may rely on.
@@ -238,6 +240,16 @@ def tampered(chain: Path, target: Path, change: Any) -> Path:
 NAME = "model.layers.0.self_attn.q_proj.weight"
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_model_given_as_a_task_vector_is_told_from_one(
+    chain: Path, tmp_path: Path, precision: str
+) -> None:
+    model = chain / f"merged_{precision}" / "model.safetensors"
+    with pytest.raises(UserError, match=r"holds weights like the base's, not differences .*model"):
+        run(chain, tmp_path / "out", task_vector_path=model)
+    assert not (tmp_path / "out").exists()
+
+
 def negate(tensors: dict[str, torch.Tensor]) -> None:
     for tensor in tensors.values():
         tensor.neg_()
@@ -267,7 +279,7 @@ def test_a_wrong_task_vector_fails_and_is_named(
     output = capsys.readouterr().out
     assert status == 1
     assert output.splitlines()[-1].startswith("❌ VALIDATION FAILED: ")
-    assert NAME in output
+    assert NAME in output or NAME.replace(".0.", ".0-1.") in output  # the layers are folded
     document = json.loads((tmp_path / "out" / "comparison_results.json").read_text())
     assert document["summary"]["equivalent"] is False
 
@@ -348,11 +360,30 @@ def test_both_subjects_at_once_are_refused(
 
 
 def test_a_base_with_other_shapes_is_refused(chain: Path, tmp_path: Path) -> None:
-    from taskvec.cli import UserError
-
     shutil.copytree(chain / "tv_fp32", tmp_path / "tv")
     tensors = load_file(tmp_path / "tv" / "task_vector.safetensors")
     tensors[NAME] = tensors[NAME][:, :-1].contiguous()
     save_file(tensors, tmp_path / "tv" / "task_vector.safetensors")
     with pytest.raises(UserError, match=r"q_proj.*\(32, 31\).*\(32, 32\)"):
         run(chain, tmp_path / "out", task_vector_path=tmp_path / "tv")
+
+
+def keys_of(document: Any) -> set[str]:
+    """Every key of a document, at any depth, but the names of files and parameters."""
+    if isinstance(document, list):
+        return set().union(*map(keys_of, document))
+    if not isinstance(document, dict):
+        return set()
+    found = {key for key in document if "." not in key}
+    return found.union(*map(keys_of, document.values()))
+
+
+def test_every_key_and_cause_is_documented(chain: Path, tmp_path: Path) -> None:
+    text = (Path(__file__).parent.parent / "docs" / "comparison_results.md").read_text("utf-8")
+    named = set(re.findall(r"`([^`]+)`", text))
+    document = run(chain, tmp_path / "out", task_vector_path=chain / "tv_fp16", generate_plots=True)
+    recipes = set(document["summary"]["certificate"]["recipes"])
+    assert keys_of(document) - recipes <= named
+    causes = str(diagnose.__doc__).split("Their\n        names: ")[1].split(".\n")[0]
+    in_table = re.findall(r"^\| `(\w+)` \|", text.split("## Causes")[1], re.M)
+    assert sorted(in_table) == sorted(["cause", *re.split(r",\s+", causes)])

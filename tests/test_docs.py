@@ -19,7 +19,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted(
-    [*ROOT.glob("*.md"), *ROOT.glob("examples/**/*.md"), *ROOT.glob("checkpoint-*/*.md")]
+    [
+        *ROOT.glob("*.md"),
+        *ROOT.glob("docs/*.md"),
+        *ROOT.glob("examples/**/*.md"),
+        *ROOT.glob("checkpoint-*/*.md"),
+    ]
 )
 _BLOCK = re.compile(r"(?:<!-- not run: (?P<reason>[^>]+) -->\n)?```bash\n(?P<body>.*?)```", re.S)
 _LINK = re.compile(r"\]\((?!https?:|#|mailto:)([^)#\s]+)")

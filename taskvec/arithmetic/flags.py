@@ -31,7 +31,7 @@ def _add_show(parser: argparse.ArgumentParser) -> None:
         "--ranks",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="compute stable and effective ranks, which takes longest",
+        help="compute stable and effective ranks, which takes longest (default: on)",
     )
 
 

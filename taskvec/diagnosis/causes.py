@@ -2,38 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Sized
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
 from taskvec.adapter import Adapter
-from taskvec.architecture import fold_names
+from taskvec.diagnosis.cause import Cause, counted, named, whole
 from taskvec.diagnosis.factors import FactorTest
 from taskvec.diagnosis.findings import Findings
-from taskvec.diagnosis.merges import REMERGED, UNMERGED_AGAIN, readings
+from taskvec.diagnosis.merges import REMERGED, UNMERGED_AGAIN
 from taskvec.diagnosis.outliers import Outliers
+from taskvec.diagnosis.partly import partly_merged
+from taskvec.diagnosis.scalings import scaled
 from taskvec.rounding import FP16, FP32, Format
 from taskvec.verdict import adapted
-
-
-@dataclass(frozen=True)
-class Cause:
-    """One likely cause.
-
-    Attributes:
-        cause: its name, stable for programs.
-        sentence: the same for people, with the numbers.
-        evidence: the numbers.
-        weight: how many failing parameters it explains.
-    """
-
-    cause: str
-    sentence: str
-    evidence: dict[str, Any]
-    weight: int
-
-    def as_json(self) -> dict[str, Any]:
-        return {key: value for key, value in asdict(self).items() if key != "weight"}
 
 
 def simple_causes(findings: Findings, adapter: Adapter) -> list[Cause]:
@@ -45,31 +26,16 @@ def simple_causes(findings: Findings, adapter: Adapter) -> list[Cause]:
         *_lower_precision_base(findings),
         *_lower_precision_adapter(findings),
         *_transposed(findings),
+        *_without_magnitudes(findings),
         *_misplaced(findings),
+        *_reordered(findings),
+        *_reordered_rows(findings),
+        *partly_merged(findings),
         *_shared(findings),
         *_unmerged_again(findings),
-        *_scaled(findings, adapter),
+        *scaled(findings, adapter),
         *_damaged(findings),
     ]
-
-
-def named(names: Sequence[str]) -> str:
-    """Parameters in words: names that differ in their layer only are folded into one."""
-    folded = fold_names(names)
-    shown = ", ".join(folded[:3])
-    return shown if len(folded) <= 3 else f"{len(names)} parameters ({shown}, ...)"
-
-
-def whole(names: Sequence[str], findings: Findings) -> str:
-    """The same, where they may be all that the adapter changes."""
-    if set(names) == set(findings.adapted):
-        return f"all {len(names)} adapted parameters" if len(names) > 1 else names[0]
-    return named(names)
-
-
-def counted(things: Sized, what: str = "parameter") -> str:
-    """How many, with the noun in its number."""
-    return f"{len(things):,} {what}{'' if len(things) == 1 else 's'}"
 
 
 def _overflow(findings: Findings) -> list[Cause]:
@@ -101,9 +67,10 @@ def _unmerged(findings: Findings) -> list[Cause]:
             "bit for bit."
         )
         return [Cause("nothing_merged", sentence, evidence, total)]
+    verb = "is" if len(names) == 1 else "are"
     sentence = (
-        f"Not merged: {named(names)} ({len(names)} of {total} adapted parameters), which are the "
-        f"base's own{as_stored}, bit for bit."
+        f"Not merged: {named(names)} ({len(names)} of {total} adapted parameters), which {verb} "
+        f"the base's own{as_stored}, bit for bit."
     )
     return [Cause("some_modules_not_merged", sentence, evidence, len(names))]
 
@@ -114,7 +81,7 @@ def _partly_unmerged(findings: Findings) -> list[Cause]:
         return []
     shown = ", ".join(outliers.where for outliers in parts[:3])
     more = f" and {len(parts) - 3} more parameters" if len(parts) > 3 else ""
-    sentence = f"Not merged: {shown}{more}, which are the base's own; the rest of them is merged."
+    sentence = f"Not merged: {shown}{more}, which are the base's own; the rest is merged."
     return [Cause("some_modules_not_merged", sentence, _places(parts), len(parts))]
 
 
@@ -220,6 +187,20 @@ def _transposed(findings: Findings) -> list[Cause]:
     return [Cause("transposed", sentence, evidence, len(names))]
 
 
+def _without_magnitudes(findings: Findings) -> list[Cause]:
+    plain = {name: test for name, test in findings.factors.items() if test.plain}
+    if not plain:
+        return []
+    names, factors = list(plain), [test.factor for test in plain.values()]
+    times = "" if all(factor == 1 for factor in factors) else f", times about {factors[0]:.4g}"
+    sentence = (
+        f"DoRA's magnitudes were left out in {whole(names, findings)}: what was added is "
+        f"scaling * B @ A{times}, as if this were a plain LoRA."
+    )
+    evidence = {"parameters": names, "factors": dict(zip(names, factors, strict=True))}
+    return [Cause("magnitudes_left_out", sentence, evidence, len(names))]
+
+
 def _misplaced(findings: Findings) -> list[Cause]:
     names = list(findings.misplaced)
     if not names:
@@ -231,6 +212,32 @@ def _misplaced(findings: Findings) -> list[Cause]:
     sentence += f", and {len(names) - 1} more are mixed up." if names[1:] else "."
     evidence = {"parameters": names, "update_of": findings.misplaced}
     return [Cause("misplaced", sentence, evidence, len(names))]
+
+
+def _reordered(findings: Findings) -> list[Cause]:
+    names = list(findings.reordered)
+    if not names:
+        return []
+    sentence = (
+        f"Weights are in the wrong place: {names[0]} holds those of {findings.reordered[names[0]]}"
+    )
+    sentence += f", and {len(names) - 1} more are mixed up." if names[1:] else "."
+    evidence = {"parameters": names, "weights_of": findings.reordered}
+    return [Cause("reordered", sentence, evidence, len(names))]
+
+
+def _reordered_rows(findings: Findings) -> list[Cause]:
+    causes = []
+    for what, of in (("weights", "of the weights"), ("update", "of the update alone")):
+        names = [name for name, found in findings.reordered_rows.items() if found == what]
+        if names:
+            sentence = (
+                f"The rows {of} are in another order in {whole(names, findings)}, as where the "
+                "heads of an attention are laid out otherwise (Meta's or GGUF's for rotary "
+                "embeddings, fused projections)."
+            )
+            causes.append(Cause("reordered", sentence, {"rows_of": names}, len(names)))
+    return causes
 
 
 def _shared(findings: Findings) -> list[Cause]:
@@ -289,90 +296,6 @@ def _undone(test: FactorTest) -> str | None:
     if test.vanishes:
         return UNMERGED_AGAIN
     return REMERGED if test.sums > 1 and test.allows(1.0) else None
-
-
-# A factor that comes of several roundings is not met exactly; no two readings are so near.
-_SLACK = 1e-5
-
-
-@dataclass
-class _Scaled:
-    """Parameters that were scaled by one factor, or wrongly for one reason."""
-
-    readings: list[str]
-    low: float
-    high: float
-    names: list[str] = field(default_factory=list)
-    factors: list[float] = field(default_factory=list)
-    reproduced: list[float] = field(default_factory=list)
-
-    def takes(self, other: _Scaled) -> bool:
-        if self.readings or other.readings:
-            return bool(set(self.readings) & set(other.readings))
-        return max(self.low, other.low) <= min(self.high, other.high)
-
-    def take(self, other: _Scaled) -> None:
-        self.readings = [text for text in self.readings if text in other.readings]
-        self.low, self.high = max(self.low, other.low), min(self.high, other.high)
-        self.names += other.names
-        self.factors += other.factors
-        self.reproduced += other.reproduced
-
-
-def _scaled(findings: Findings, adapter: Adapter) -> list[Cause]:
-    groups: list[_Scaled] = []
-    for single in [*_scaled_by_bits(findings), *_scaled_by_bounds(findings, adapter)]:
-        group = next((group for group in groups if group.takes(single)), None)
-        if group is None:
-            groups.append(single)
-        else:
-            group.take(single)
-    return [_scaled_cause(findings, group) for group in groups]
-
-
-def _scaled_by_bits(findings: Findings) -> list[_Scaled]:
-    found = []
-    for name, agreement in findings.merges.items():
-        merge = agreement.merge
-        if merge.readings and not {UNMERGED_AGAIN, REMERGED} & set(merge.readings):
-            factor = sum(merge.scalings) / (findings.scaling(name) or 1.0)
-            share = 1 - agreement.missed_share
-            found.append(_Scaled(list(merge.readings), factor, factor, [name], [factor], [share]))
-    return found
-
-
-def _scaled_by_bounds(findings: Findings, adapter: Adapter) -> list[_Scaled]:
-    found = []
-    rslora = bool(adapter.config.values.get("use_rslora"))
-    for name, test in findings.factors.items():
-        if test.vanishes or test.allows(1.0):  # another of the test's assumptions explains T
-            continue
-        scaling, rank = findings.scaling(name), test.update.rank
-        texts = []
-        if scaling and rank:
-            texts = [
-                text
-                for value, names in readings(scaling, rank, rslora).items()
-                if test.allows(value / scaling, _SLACK)
-                for text in names
-            ]
-        found.append(_Scaled(texts, test.low, test.high, [name], [test.factor]))
-    return found
-
-
-def _scaled_cause(findings: Findings, group: _Scaled) -> Cause:
-    low, high = min(group.factors), max(group.factors)
-    by = f"{low:.6g}" if high - low <= 1e-6 * abs(low) else f"{low:.6g} to {high:.6g}"
-    words = f": {'; or '.join(group.readings)}" if group.readings else ""
-    sentence = f"The adapter was scaled by {by} in {whole(group.names, findings)}{words}."
-    evidence = {
-        "factor": group.factors[0],
-        "factors": dict(zip(group.names, group.factors, strict=True)),
-        "readings": group.readings,
-        "parameters": group.names,
-        "reproduced_share": min(group.reproduced) if group.reproduced else None,
-    }
-    return Cause("scaled", sentence, evidence, len(group.names))
 
 
 def _damaged(findings: Findings) -> list[Cause]:

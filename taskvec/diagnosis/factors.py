@@ -16,6 +16,7 @@ from taskvec.compare import Comparison, ParameterResult
 from taskvec.diagnosis.case import Case, lower_formats, merged_rows, wide, worst_row
 from taskvec.rounding import FP32, U32, Format, bound_rows, families
 from taskvec.update import Update
+from taskvec.updates.dora import Dora
 from taskvec.updates.products import LowRank
 
 _NO_INFORMATION = 2.0**-60  # an element with delta below this part of its tolerance tells no factor
@@ -35,6 +36,7 @@ class FactorTest:
         transposed: delta is taken the wrong way round.
         tf32: A and B are cut to TF32's significand before the product: "rounded" or "truncated".
         sums: of how many sums, each rounded, the merged weight is the result.
+        plain: of DoRA, delta is the s B A beneath it, without the magnitudes.
     """
 
     def __init__(
@@ -48,8 +50,10 @@ class FactorTest:
         transposed: bool = False,
         tf32: str | None = None,
         sums: int = 1,
+        plain: bool = False,
     ) -> None:
-        self.update = update
+        self.update = update.direction if plain and isinstance(update, Dora) else update
+        self.plain = plain
         if isinstance(update, LowRank) and (transposed or tf32):
             A, B = (_to_tf32(factor, tf32) if tf32 else factor for factor in (update.A, update.B))
             turned = update.transposed != transposed
@@ -83,17 +87,19 @@ class FactorTest:
         slack = abs(factor) * (slack + 2.0**-40)  # the latter for the factor's own rounding
         return self.low - slack <= factor <= self.high + slack
 
-    def add(self, block: Block) -> bool:
-        """Take rows into account; False if no factor is left."""
+    def add(self, block: Block, among: torch.Tensor | None = None) -> bool:
+        """Take rows into account, all or some of their elements; False if no factor is left."""
         base, target = block.subtracted.double(), block.task_vector.double()
         if self.base_format is not None:
             rounded = self.base_format.round(wide(block.base)).double()
             target, base = target + (base - rounded), rounded
         delta = self.update.exact(block.start, block.stop)
-        if not self._size:
-            self._size = _size_of(target, delta)
-        tolerance = self._tolerance(block, delta, base)
         finite = torch.isfinite(target)
+        if among is not None:
+            finite &= among
+        if not self._size:
+            self._size = _size_of(torch.where(finite, target, 0.0), torch.where(finite, delta, 0.0))
+        tolerance = self._tolerance(block, delta, base)
         telling = (delta.abs() > tolerance * _NO_INFORMATION) & finite
         if bool((finite & ~telling & (target.abs() > tolerance)).any()):
             self.low, self.high = math.inf, -math.inf
@@ -184,6 +190,8 @@ def _factor_tests(
     if isinstance(update, LowRank) and update.stored is None and result.shape[0] == result.shape[1]:
         tests.append(make(transposed=True))
     tests += [make(base_format=lower) for lower in lower_formats(format)]
+    if isinstance(update, Dora):
+        tests.append(make(plain=True))
     if format is FP32:
         tests += [make(tf32=how) for how in ("rounded", "truncated") if product]
         tests += [make(sums=2), make(sums=3)]
@@ -228,7 +236,7 @@ def _is_update_of(
 def _size_of(target: torch.Tensor, delta: torch.Tensor) -> float:
     """About how many times delta T is, and at least once."""
     squared = float((delta * delta).sum())
-    product = float((torch.where(torch.isfinite(target), target, 0.0) * delta).sum())
+    product = float((target * delta).sum())
     return max(1.0, abs(product / squared)) if squared else 1.0
 
 

@@ -17,6 +17,8 @@ from taskvec.diagnosis.outliers import (
     off_the_merge,
     out_of_bounds,
 )
+from taskvec.diagnosis.partial import PartialMerge, partial_merge
+from taskvec.diagnosis.reordered import rows_reordered, weights_elsewhere
 from taskvec.rounding import Format
 from taskvec.verdict import adapted, judge
 
@@ -36,6 +38,10 @@ class Findings:
         merges: adapted parameters that a wrong merge reproduces.
         factors: adapted parameters that are base + c * delta within rounding.
         misplaced: adapted parameters that got the update of another one, and whose.
+        reordered: parameters that hold the weights of another one, and whose.
+        reordered_rows: parameters whose rows, or those of whose update, are in another order.
+        partial: adapted parameters that took part of their update's elements only.
+        zeroed: unadapted parameters of which elements here and there are zero.
         shared: unadapted parameters that got the update of one that they are tied to, and which.
         marginal: adapted parameters with a few elements just outside their bounds.
         rounded: unadapted parameters that were rounded more than once, and to what.
@@ -50,6 +56,10 @@ class Findings:
     merges: dict[str, Agreement] = field(default_factory=dict)
     factors: dict[str, FactorTest] = field(default_factory=dict)
     misplaced: dict[str, str] = field(default_factory=dict)
+    reordered: dict[str, str] = field(default_factory=dict)
+    reordered_rows: dict[str, str] = field(default_factory=dict)
+    partial: dict[str, PartialMerge] = field(default_factory=dict)
+    zeroed: list[Outliers] = field(default_factory=list)
     shared: dict[str, str] = field(default_factory=dict)
     marginal: list[ParameterResult] = field(default_factory=list)
     rounded: dict[str, tuple[Format, ...]] = field(default_factory=dict)
@@ -82,6 +92,7 @@ def examine(case: Case, results: Sequence[ParameterResult]) -> Findings:
     for result in results:
         if result.comparison is None and result.kind == UNEXPLAINED:
             _examine_unadapted(case, result, findings)
+    _find_reordered(case, findings)
     return findings
 
 
@@ -96,6 +107,17 @@ def _find_misplaced(case: Case, findings: Findings) -> None:
             findings.misplaced[result.name] = source
         else:
             findings.rest.append(result)
+
+
+def _find_reordered(case: Case, findings: Findings) -> None:
+    """Take out of what is left the parameters with the weights, or rows, of another place."""
+    findings.reordered = weights_elsewhere(case, [*findings.changed, *findings.rest])
+    for result in [*findings.changed, *findings.rest]:
+        if result.name not in findings.reordered and (what := rows_reordered(case, result)):
+            findings.reordered_rows[result.name] = what
+    explained = {*findings.reordered, *findings.reordered_rows}
+    findings.rest = [r for r in findings.rest if r.name not in explained]
+    findings.changed = [r for r in findings.changed if r.name not in explained]
 
 
 def _sort_non_finite(case: Case, result: ParameterResult, findings: Findings) -> None:
@@ -130,11 +152,17 @@ def _examine_adapted(
         if outliers.few or outliers.together:
             findings.damage.append(outliers)
             return
+        if part := partial_merge(case, result, comparison):
+            findings.partial[result.name] = part
+            return
     elif tally.violations <= _FEW and tally.max_ratio <= _NEAR:
         findings.marginal.append(result)
         return
     elif test := factor_test(case, result, comparison):
         findings.factors[result.name] = test
+        return
+    elif part := partial_merge(case, result, comparison):
+        findings.partial[result.name] = part
         return
     elif 2 * tally.violations <= result.elements:
         finder = out_of_bounds(case, result, comparison)
@@ -154,7 +182,9 @@ def _examine_unadapted(case: Case, result: ParameterResult, findings: Findings) 
             findings.rounded[result.name] = chain
         return
     outliers = damage_of_unadapted(case, result.name)
-    if outliers.few or outliers.together:
+    if outliers.sparse_zeros:
+        findings.zeroed.append(outliers)
+    elif outliers.few or outliers.together:
         findings.damage += [outliers] if outliers.count else []
     elif source := shared_with(case, result):
         findings.shared[result.name] = source

@@ -44,6 +44,7 @@ class Outliers:
         rows, columns: which ones they lie in.
         first, last: their range in storage order.
         unmoved: those that have the value of the base.
+        zeros: those that are 0.
         shown: the first few, as JSON.
     """
 
@@ -55,6 +56,7 @@ class Outliers:
     first: int = -1
     last: int = -1
     unmoved: int = 0
+    zeros: int = 0
     shown: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -80,6 +82,12 @@ class Outliers:
         return self.count > _FEW and self.unmoved == self.count
 
     @property
+    def sparse_zeros(self) -> bool:
+        """More than a few, all of them 0, and in no whole rows or columns."""
+        spread = len(self.rows) * len(self.columns)
+        return not self.few and self.zeros == self.count <= 0.95 * spread
+
+    @property
     def where(self) -> str:
         """In words."""
         row, column = min(self.rows), min(self.columns)
@@ -100,6 +108,7 @@ class Outliers:
         rows = flat.any(1).nonzero().flatten()
         self.rows.update((rows + block.start).tolist())
         self.columns.update(flat.any(0).nonzero().flatten().tolist())
+        self.zeros += int((wrong & (merged_rows(block) == 0)).sum())
         first, last = int(rows[0]), int(rows[-1])
         if self.first < 0:
             self.first = (block.start + first) * self.width + int(flat[first].nonzero()[0])

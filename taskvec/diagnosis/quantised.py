@@ -8,6 +8,9 @@ is known, so M - delta shows the levels again, blurred by the rounding of M.
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import dataclass
+
 import torch
 
 from taskvec.certificate import Block
@@ -18,31 +21,90 @@ from taskvec.rounding import Format, half_ulp
 
 _FOUR_BIT_BLOCK = 64
 _LEVELS = {4: 16, 8: 256}
+# Others have equal steps in each group: from 0 to the largest magnitude (GGUF's Q8_0 and Q4_0 in
+# 32, absmax int8 in a row), or from the least to the largest (asymmetric, GPTQ's and AWQ's 128).
+_GROUPS = (32, 64, 128)
+_STEPS = {4: ((7, True), (8, True), (15, False)), 8: ((127, True), (128, True), (255, False))}
+_KNOWN, _ON_STEPS, _OFF_STEPS = 0.15, 0.01, 0.04
 
 
-def quantised_bits(case: Case, result: ParameterResult) -> int | None:
-    """The bits of the levels that a parameter shows, once its delta is taken off.
+@dataclass(frozen=True)
+class Quantised:
+    """What levels a parameter shows.
+
+    Attributes:
+        bits: 4 or 8.
+        merged: the merged weights show them, as they are; else the base that the adapter was merged
+            into did. None for a parameter without an update, where the two are the same.
+    """
+
+    bits: int
+    merged: bool | None
+
+
+def quantised(case: Case, result: ParameterResult) -> Quantised | None:
+    """The levels that a parameter shows, as it is or once its delta is taken off.
 
     Args:
         result: a matrix, adapted or not; a small part of it is looked at.
 
     Returns:
-        4, 8, or None where there are more levels, or where the base has as few itself.
+        None where there are more levels, or where the base has as few itself.
     """
     block, format = case.probe(result.name), case.format_of(result.name)
-    weight, blur = merged_rows(block), half_ulp(merged_rows(block), format)
-    if result.comparison is not None:
-        weight, blur = _without_delta(case, result, block, format)
-    base = block.subtracted.double()
-    if not bool(torch.isfinite(weight).all()):
+    merged = merged_rows(block)
+    if not bool(torch.isfinite(merged).all()):
         return None
-    for bits, length in ((4, _FOUR_BIT_BLOCK), (8, block.base[0].numel())):
+    if bits := _bits(block, merged, half_ulp(merged, format)):
+        return Quantised(bits, None if result.comparison is None else True)
+    if result.comparison is not None and (
+        bits := _bits(block, *_without_delta(case, result, block, format))
+    ):
+        return Quantised(bits, False)
+    return None
+
+
+def _bits(block: Block, weight: torch.Tensor, blur: torch.Tensor) -> int | None:
+    base, width = block.subtracted.double(), block.base[0].numel()
+    for bits, length in ((4, _FOUR_BIT_BLOCK), (8, width)):
         levels = _LEVELS[bits]
         if length >= 2 * levels and weight.numel() >= length:
             blurred = _median_levels(weight, blur, length)
             if blurred <= levels < _median_levels(base, blur, length):
                 return bits
+    for bits, length in itertools.product((4, 8), (*_GROUPS, width)):
+        if width % length == 0 and any(
+            _off_steps(weight, blur, length, steps, centred) < _ON_STEPS
+            and _off_steps(base, blur, length, steps, centred) > _OFF_STEPS
+            for steps, centred in _STEPS[bits]
+        ):
+            return bits
     return None
+
+
+def _off_steps(
+    weight: torch.Tensor, blur: torch.Tensor, length: int, steps: int, centred: bool
+) -> float:
+    """Mean squared distance to the next step, in steps: 1/12 for weights that know of none.
+
+    Of those weights whose place rounding leaves known; 1/12 if they are few.
+
+    Args:
+        length: of the runs that share a scale.
+        steps: from 0 to the run's largest magnitude if ``centred``, else from least to largest.
+    """
+    runs = weight.numel() // length
+    values = weight.reshape(-1)[: runs * length].reshape(runs, length)
+    error = blur.reshape(-1)[: runs * length].reshape(runs, length)
+    low = torch.zeros(runs, 1).to(values) if centred else values.amin(1, keepdim=True)
+    span = (values - low).abs().amax(1, keepdim=True)
+    step = span.clamp_min(torch.finfo(torch.float64).tiny) / steps
+    place = (values - low) / step
+    doubt = (error + error.amax(1, keepdim=True) * (place / steps).abs()) / step
+    known = (doubt < _KNOWN) & (place.abs() < steps)
+    if 8 * int(known.sum()) < known.numel():
+        return 1 / 12
+    return float(((place - place.round())[known] ** 2).mean())
 
 
 def _without_delta(

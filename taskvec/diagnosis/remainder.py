@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from taskvec.spectrum import (
 from taskvec.updates.products import LowRank
 
 ADDITIONAL, OTHER, RESCALED = "additional", "other", "rescaled"
+MIXED, TRUNCATED = "mixed", "truncated"
 FURTHER, GONE, UNRELATED = "further", "gone", "unrelated"
 
 # Rounding errors are not quite random (an update below half an ulp is lost as a whole), so what
@@ -38,6 +39,7 @@ _MARGIN = 1.25
 _ROUNDINGS = 2  # of the base and of the sum, or of two sums
 _SPARE_RANK = 24  # ranks are counted up to twice the adapter's and this
 _SAME_SUBSPACE = 0.9
+_CONTAINED = 0.99  # one of two spans lies in the other
 _SIGMAS = 4.0
 
 
@@ -49,6 +51,7 @@ class Structure:
         rank: singular values above the noise, counted up to a limit.
         low: the matrix is of that rank, up to noise.
         left, right: (m, rank), (n, rank) orthonormal: its leading singular vectors.
+        values: (rank,): those singular values.
         squared_norm: ‖A‖_F^2.
         noise_energy: what rounding alone may contribute to that.
     """
@@ -57,6 +60,7 @@ class Structure:
     low: bool
     left: torch.Tensor
     right: torch.Tensor
+    values: torch.Tensor
     squared_norm: float
     noise_energy: float
 
@@ -66,9 +70,10 @@ class Remainder:
     """What one parameter holds.
 
     Attributes:
-        kind: ADDITIONAL (delta and a low-rank rest), OTHER (low rank, but not delta), RESCALED
-            (delta by another factor), FURTHER (delta and a rest of no low rank), GONE (nothing but
-            noise of the size of rounding) or UNRELATED.
+        kind: ADDITIONAL (delta and a low-rank rest), MIXED (delta by another factor and such a
+            rest), TRUNCATED (only some of delta's directions), OTHER (low rank, but not delta),
+            RESCALED (delta by another factor), FURTHER (delta and a rest of no low rank), GONE
+            (nothing but noise of the size of rounding) or UNRELATED.
         evidence: the numbers.
     """
 
@@ -135,6 +140,16 @@ def adapted_remainder(
     delta = _delta_spectrum(update)
     overlap = min(_overlap(whole.left, delta.left), _overlap(whole.right, delta.right))
     kind = _kind(comparison, whole, rest, overlap, slope)
+    factor = 1.0
+    if kind == OTHER and overlap >= _CONTAINED:
+        rank = int((delta.values > delta.values.max() * U32).sum())
+        if whole.rank < rank:
+            kind = TRUNCATED
+        elif whole.rank > rank and (found := _factor_within(whole, delta, rank)):
+            scaled = replace(update, scaling=update.scaling * found)
+            without = _structure(_blocks(case, result.name, scaled), shape, noise, limit)
+            if without.low and without.rank == whole.rank - rank:
+                kind, rest, factor = MIXED, without, found
     return Remainder(
         result.name,
         kind,
@@ -145,6 +160,8 @@ def adapted_remainder(
             "low_rank_without_delta": rest.low,
             "adapter_rank": update.rank,
             "subspace_overlap": overlap,
+            "factor": factor if kind == MIXED else None,
+            "best_of_its_rank": kind == TRUNCATED and _is_best(comparison, whole, delta),
             **_evidence(result),
         },
     )
@@ -176,6 +193,23 @@ def _kind(
             return RESCALED
         return OTHER
     return FURTHER if slope.contained else UNRELATED
+
+
+def _factor_within(whole: Structure, delta: Spectrum, rank: int) -> float | None:
+    """c of T = c * delta + L where the rank of T is that of delta and of L together.
+
+    Then delta T^+ delta = delta / c (rank additivity: Marsaglia and Styan, Equalities and
+    inequalities for ranks of matrices, 1974), so that the trace of T^+ delta is rank / c.
+    """
+    left = whole.left.T.to(delta.left) @ delta.left * delta.values
+    trace = float(((left @ (delta.right.T @ whole.right)).diagonal() / whole.values).sum())
+    return rank / trace if trace else None
+
+
+def _is_best(comparison: Comparison, whole: Structure, delta: Spectrum) -> bool:
+    """Whether T is delta's best approximation of its rank: ‖T - delta‖ is no more than must be."""
+    least = float((delta.values[whole.rank :] ** 2).sum())
+    return comparison.sums.difference_squared <= _MARGIN * (least + whole.noise_energy)
 
 
 def unadapted_remainder(case: Case, result: ParameterResult) -> Remainder:
@@ -246,6 +280,7 @@ def _structure(
         low=tail <= _MARGIN * energy,
         left=found.left[:, :rank],
         right=found.right[:, :rank],
+        values=found.values[:rank],
         squared_norm=squared,
         noise_energy=energy,
     )

@@ -10,15 +10,17 @@ from typing import Any
 
 from taskvec.compare import ParameterResult
 from taskvec.diagnosis.case import Case
-from taskvec.diagnosis.causes import Cause, counted, named, whole
+from taskvec.diagnosis.cause import Cause, counted, named, whole
 from taskvec.diagnosis.findings import Findings
-from taskvec.diagnosis.quantised import quantised_bits
+from taskvec.diagnosis.quantised import Quantised, quantised
 from taskvec.diagnosis.remainder import (
     ADDITIONAL,
     FURTHER,
     GONE,
+    MIXED,
     OTHER,
     RESCALED,
+    TRUNCATED,
     UNRELATED,
     Remainder,
     Slope,
@@ -48,11 +50,11 @@ def remaining_causes(case: Case, findings: Findings) -> list[Cause]:
         if result.comparison is not None
     ]
     unadapted = [unadapted_remainder(case, result) for result in _sample(findings.changed)]
-    if any(found.kind == FURTHER for found in [*adapted, *unadapted]):
+    if any(found.kind in (FURTHER, UNRELATED) for found in [*adapted, *unadapted]):
         looked_at = [*_sample(findings.rest), *_sample(findings.changed)]
-        bits = [quantised_bits(case, result) for result in looked_at if len(result.shape) > 1]
-        if 2 * sum(item is not None for item in bits) > len(bits):
-            return [_quantised(findings, bits, slope)]
+        levels = [quantised(case, result) for result in looked_at if len(result.shape) > 1]
+        if 2 * sum(item is not None for item in levels) > len(levels):
+            return [_quantised(findings, levels, slope)]
     if _everything_changed(findings) and any(found.kind == FURTHER for found in unadapted):
         return [_other_model(case, findings, slope)]
     return _by_kind(findings, adapted, unadapted, slope)
@@ -118,23 +120,31 @@ def _absorb_damage(findings: Findings) -> None:
     findings.damage = [outliers for outliers in findings.damage if outliers.name in adapted]
 
 
-def _quantised(findings: Findings, bits: list[int | None], slope: Slope) -> Cause:
-    width = max(filter(None, bits))
-    seen = sum(item is not None for item in bits)
+def _quantised(findings: Findings, levels: list[Quantised | None], slope: Slope) -> Cause:
+    found = [item for item in levels if item is not None]
+    width = max(item.bits for item in found)
     names = [result.name for result in findings.rest]
     others = [result.name for result in findings.changed]
-    sentence = (
-        f"Merged from a lower-precision base: without the delta, {seen} of {len(bits)} parameters "
-        f"that were looked at take as few values as weights that were stored in {width} bits; "
-        f"{_presence(slope)}."
-    )
     evidence = {
         "format": f"{width}-bit",
         "parameters": names,
         "unadapted_parameters": others,
         **_slope_evidence(slope),
     }
-    return Cause("lower_precision_base", sentence, evidence, len(names) + len(others))
+    weight = len(names) + len(others)
+    seen = f"{len(found)} of {len(levels)} parameters that were looked at take"
+    levels_of = f"as few values as weights that were stored in {width} bits"
+    if any(item.merged for item in found):
+        sentence = (
+            f"The merged model was quantised, and stored as {findings.format.name} again: {seen} "
+            f"{levels_of}; {_presence(slope)}."
+        )
+        return Cause("quantised", sentence, evidence, weight)
+    sentence = (
+        f"Merged from a lower-precision base: without the delta, {seen} {levels_of}; "
+        f"{_presence(slope)}."
+    )
+    return Cause("lower_precision_base", sentence, evidence, weight)
 
 
 def _presence(slope: Slope) -> str:
@@ -167,12 +177,13 @@ def _by_kind(
     absent: list[str] = []
     rest = _names_by_kind(adapted, [result.name for result in findings.rest])
     changed = _names_by_kind(unadapted, [result.name for result in findings.changed])
-    if OTHER in rest:  # that other adapter may have further modules, and lack some
-        changed[OTHER] = changed.pop(ADDITIONAL, [])
+    for kind in {OTHER, MIXED} & set(rest):  # that other adapter may have further modules,
+        changed[kind] = changed.pop(ADDITIONAL, [])
+    if OTHER in rest:  # and lack some
         absent, findings.unmerged = list(findings.unmerged), {}
     causes = []
     for kind in dict.fromkeys([*rest, *changed]):
-        seen = ADDITIONAL if kind == OTHER else kind
+        seen = ADDITIONAL if kind in (OTHER, MIXED) else kind
         found = _Kind(
             kind=kind,
             adapted=[item for item in adapted if item.kind == kind],
@@ -221,6 +232,11 @@ class _Kind:
             "sampled": {item.name: item.evidence for item in [*self.adapted, *self.unadapted]},
         }
 
+    @property
+    def hold(self) -> str:
+        """The verb that goes with ``where``."""
+        return "holds" if len(self.names) == 1 else "hold"
+
     def median(self, key: str) -> float:
         """Over the adapted ones of the sample; 0 where it is undefined for all of them."""
         values = [item.evidence[key] for item in self.adapted if item.evidence[key] is not None]
@@ -244,19 +260,39 @@ def _names_by_kind(sample: list[Remainder], names: list[str]) -> dict[str, list[
 
 def _other_adapter(found: _Kind) -> tuple[str, str]:
     overlap = max((item.evidence["subspace_overlap"] for item in found.adapted), default=0.0)
-    related = (
-        ", as another checkpoint of the same training would"
-        if overlap > _RELATED
-        else ", as an adapter of another training would"
-    )
+    related = "another checkpoint of the same" if overlap > _RELATED else "an adapter of another"
     more = (
         f"; {counted(found.others)} this one leaves alone changed as well" if found.others else ""
     )
     more += f"; {counted(found.absent)} this one changes did not" if found.absent else ""
     return "other_adapter", (
         f"Another adapter was merged: the task vector of {found.where} is of rank "
-        f"{found.ranks('rank')}, but lies in another subspace than the delta: "
-        f"{percent(overlap)} of it is shared{related}{more} ({_estimate(found.slope)})."
+        f"{found.ranks('rank')}, but no multiple of the delta, with which it shares "
+        f"{percent(overlap)} of its subspace, as {related} training would{more} "
+        f"({_estimate(found.slope)})."
+    )
+
+
+def _truncated(found: _Kind) -> tuple[str, str]:
+    best = all(item.evidence["best_of_its_rank"] for item in found.adapted)
+    how = (
+        "It is the delta's best approximation of that rank, as a truncated SVD gives"
+        if best
+        else "It is not the delta's best approximation of that rank"
+    )
+    return "truncated", (
+        f"The update was cut in rank: the task vector of {found.where} is of rank "
+        f"{found.ranks('rank')} and lies in the directions of the delta, which is of rank "
+        f"{found.ranks('adapter_rank')}. {how} ({_estimate(found.slope)})."
+    )
+
+
+def _mixed(found: _Kind) -> tuple[str, str]:
+    more = f", and {counted(found.others)} it leaves alone changed" if found.others else ""
+    return "additional_adapter", (
+        f"A mixture of adapters was merged: {found.where} {found.hold} this one's delta times "
+        f"about {found.median('factor'):.3g}, and an update of rank "
+        f"{found.ranks('rank_without_delta')} besides{more}."
     )
 
 
@@ -268,7 +304,7 @@ def _additional_adapter(found: _Kind) -> tuple[str, str]:
         )
     more = f", as do {counted(found.others)} it leaves alone" if found.others else ""
     return "additional_adapter", (
-        f"A further adapter was merged as well: beside the delta, {found.where} hold an "
+        f"A further adapter was merged as well: beside the delta, {found.where} {found.hold} an "
         f"update of rank {found.ranks('rank_without_delta')}{more} ({_estimate(found.slope)})."
     )
 
@@ -295,8 +331,9 @@ def _further_training(found: _Kind) -> tuple[str, str]:
     elif None in ranks:  # of what is no matrix of low rank, the rest has not been taken apart
         rest = "a rest"
     return "further_training", (
-        f"Trained further after the merge: {found.where} hold the delta "
-        f"({_estimate(found.slope)}) and {rest}, {percent(residual)} of its norm{more}."
+        f"Trained further after the merge, or merged into a base that differs here: {found.where} "
+        f"{found.hold} the delta ({_estimate(found.slope)}) and {rest}, {percent(residual)} of the "
+        f"delta's norm{more}."
     )
 
 
@@ -320,6 +357,8 @@ def _unknown(found: _Kind) -> tuple[str, str]:
 
 _SENTENCES = {
     OTHER: _other_adapter,
+    MIXED: _mixed,
+    TRUNCATED: _truncated,
     ADDITIONAL: _additional_adapter,
     RESCALED: _rescaled,
     FURTHER: _further_training,

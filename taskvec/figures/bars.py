@@ -57,7 +57,8 @@ def precision_impact(contents: Mapping[str, Document], path: Path) -> Figure:
     total = max((len(content["parameters"]) for content in contents.values()), default=0)
     for row, content in enumerate(contents.values()):
         _draw_composition(left, row, content, (6.55 - start) / max(total, 1))
-        _draw_kept(right, row, content["summary"]["relative_error"])
+        summary = content["summary"]
+        _draw_kept(right, row, summary["relative_error"] if summary["equivalent"] else None)
     left.set(xlim=(0, max(total, 1)), xlabel=f"parameters of the model (all: {total:,})")
     left.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     left.set_yticks(range(len(contents)), labels, size=TEXT, weight="bold")

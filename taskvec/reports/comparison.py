@@ -121,7 +121,7 @@ def _certificate(
         "isolated_deviations": verdict.isolated,
         "unexplained_parameters": verdict.unexplained,
         "attribution": attribution(results),
-        "cost": asdict(rounding_cost(results)),
+        "cost": asdict(rounding_cost(results, holds=verdict.holds)),
         "ulp_histogram": _total_histograms(pairs),
         "diagnosis": list(diagnosis),
     }

@@ -11,12 +11,12 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from taskvec.architecture import fold_names, natural_key
 from taskvec.wording import number, percent, size
 
 Document = dict[str, Any]
@@ -168,7 +168,9 @@ def rows(comparisons: Mapping[str, Document]) -> list[Row]:
         certificate = content["summary"]["certificate"]
         failures = {name: text for key, text in _FAILURES.items() for name in certificate[key]}
         title = _title(label, content["summary"])
-        for name, entry in sorted(content["parameters"].items(), key=_natural):
+        parameters = content["parameters"]
+        for name in sorted(parameters, key=natural_key):
+            entry = parameters[name]
             failure = failures.get(name)
             cells = _cells(title, entry, failure)
             found.append(Row(name, title, entry["attribution"], failure is not None, cells))
@@ -238,12 +240,6 @@ def _title(label: str, summary: Document) -> str:
     return precision if label == precision else f"{label}, {precision}"
 
 
-def _natural(item: tuple[str, Any]) -> list[tuple[int, str]]:
-    """Names with their numbers in order: every part of a name is a number or a text."""
-    parts = re.split(r"(\d+)", item[0])
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
-
-
 def _ratio(value: float) -> str:
     """An error relative to its bound; rounded down, so that what holds is never 100 %."""
     return f"{math.floor(value * 1e4) / 100:.2f} % of" if value <= 1 else f"{value:.3g} times"
@@ -275,8 +271,8 @@ def _pictures(figures: Document, images: Mapping[str, bytes]) -> dict[str | None
 
 
 def _short(names: Iterable[str], most: int = 12) -> list[str]:
-    """The first names of a list, and how many more there are."""
-    every = list(names)
+    """The first names of a list, those of several layers as one, and how many more there are."""
+    every = fold_names(names)
     more = len(every) - most
     return [*every[:most], f"… and {more:,} more"] if more > 0 else every
 

@@ -6,7 +6,8 @@ import textwrap
 from collections import Counter
 from typing import Any
 
-from taskvec.wording import number, percent, size, table
+from taskvec.architecture import natural_key
+from taskvec.wording import are, number, percent, size, table
 
 _WIDTH = 100
 
@@ -54,6 +55,7 @@ def validation_table(document: dict[str, Any]) -> list[str]:
     for label, summary in document["precisions"].items():
         certificate = summary["certificate"]
         error = certificate["cost"]["relative_error"]
+        kept = summary["equivalent"] and error is not None
         merged = document["behaviour"].get(label, {}).get("merged")
         rows.append(
             (
@@ -63,7 +65,7 @@ def validation_table(document: dict[str, Any]) -> list[str]:
                 f"{certificate['attribution']['cast']['parameters']}",
                 number(summary["average_cosine_similarity"], ".6f"),
                 number(summary["max_absolute_difference"], ".2e"),
-                "-" if error is None else percent(max(0.0, 1 - error)),
+                percent(max(0.0, 1 - error)) if kept else "-",
                 "-" if merged is None else f"{100 * merged['equal_top1']:.1f} %",
                 certificate["verdict"],
             )
@@ -87,7 +89,9 @@ def validation_report(document: dict[str, Any]) -> str:
         *validation_table(document),
     ]
     for label, summary in document["precisions"].items():
-        lines += ["", label.upper(), "-" * _WIDTH, *_verdict(summary)]
+        precision = summary["certificate"]["precision"]
+        heading = label if label == precision else f"{label}, {precision}"
+        lines += ["", heading.upper(), "-" * _WIDTH, *_verdict(summary)]
         lines += _certificate(summary["certificate"])
         lines += _attribution(summary)
     lines += ["", "BEHAVIOUR (reference: base + adapter, unmerged, in PEFT)", "-" * _WIDTH]
@@ -160,6 +164,7 @@ def _inputs(inputs: dict[str, Any]) -> list[str]:
 
 def _numbers(summary: dict[str, Any]) -> list[str]:
     storage = summary["storage"]
+    on_disk = storage["task_vector_disk_bytes"]
     within = f"{summary['within_tolerance']}/{summary['lora_parameters']}"
     rows = [
         ("parameters in the model", f"{summary['total_parameters']}"),
@@ -178,7 +183,7 @@ def _numbers(summary: dict[str, Any]) -> list[str]:
         (f"parameters within {summary['tolerance']:g}", within),
         ("adapter on disk", size(storage["adapter_bytes"])),
         ("dense fp32 task vector", size(storage["dense_task_vector_bytes"])),
-        ("task vector on disk", size(storage["task_vector_disk_bytes"])),
+        ("task vector on disk", size(on_disk) if on_disk else "none was read"),
     ]
     return [f"{name:<42} {value:>16}" for name, value in rows]
 
@@ -187,16 +192,17 @@ def _certificate(certificate: dict[str, Any]) -> list[str]:
     lines = [
         f"{certificate['elements_checked']:,} elements checked against their own bound "
         f"({certificate['precision']}): {certificate['violations']:,} outside, largest ratio to "
-        f"the bound {certificate['max_ratio_to_bound']:.4f}."
+        f"the bound {certificate['max_ratio_to_bound']:.4g}."
     ]
     if worst := certificate["worst"]:
+        place = "Nearest to" if certificate["max_ratio_to_bound"] <= 1 else "Farthest beyond"
         lines.append(
-            f"Nearest to its bound: {worst['parameter']}[{worst['row']}, {worst['column']}]: "
+            f"{place} its bound: {worst['parameter']}[{worst['row']}, {worst['column']}]: "
             f"T = {worst['task_vector']:.9e}, delta = {worst['delta']:.9e}, "
             f"bound {worst['bound']:.3e}"
         )
     if certificate["non_finite_elements"]:
-        lines.append(f"{certificate['non_finite_elements']:,} elements are NaN or infinite.")
+        lines.append(f"{are(certificate['non_finite_elements'], 'element')} NaN or infinite.")
     lines.append("Parameters that each recipe reproduces bit for bit:")
     lines += [f"  {name:<12} {count:>6}" for name, count in certificate["recipes"].items()]
     for key, what in (
@@ -254,6 +260,10 @@ def _architecture(parameters: dict[str, Any], summary: dict[str, Any]) -> list[s
     ]
 
 
+def _in_order(parameters: dict[str, Any]) -> list[tuple[str, Any]]:
+    return [(name, parameters[name]) for name in sorted(parameters, key=natural_key)]
+
+
 def _adapted(parameters: dict[str, Any]) -> list[str]:
     rows = [
         (
@@ -267,7 +277,7 @@ def _adapted(parameters: dict[str, Any]) -> list[str]:
             f"{lora['violations']}",
             "/".join(lora["reproduced_by"][:1]) or "-",
         )
-        for name, entry in parameters.items()
+        for name, entry in _in_order(parameters)
         if (lora := entry["lora"]) is not None
     ]
     header = (
@@ -293,7 +303,7 @@ def _others(parameters: dict[str, Any]) -> list[str]:
             number(entry["task_vector_norm"]),
             number(entry["task_vector_max_abs"]),
         )
-        for name, entry in parameters.items()
+        for name, entry in _in_order(parameters)
         if entry["lora"] is None and entry["nonzero_elements"]
     ]
     if not rows:

@@ -1,0 +1,199 @@
+"""Merges that took part of the update, weights in the wrong place, and weights quantised after."""
+
+import pytest
+import torch
+
+from tests.lab import Lab
+
+in_both = pytest.mark.parametrize("precision", ["fp32", "bf16"])
+either_way = pytest.mark.parametrize("extracted", [False, True])
+
+
+@pytest.fixture
+def lab(tiny, tmp_path):
+    return lambda *args, **kwargs: Lab(tmp_path, tiny, *args, scale=0.2, **kwargs)
+
+
+def swap_layers(name):
+    return {"0": name.replace("layers.0", "layers.1"), "1": name.replace("layers.1", "layers.0")}[
+        name.split(".")[2]
+    ]
+
+
+@in_both
+@either_way
+@pytest.mark.parametrize("density", [0.25, 0.5])
+def test_elements_dropped_at_random_and_the_others_rescaled(lab, precision, extracted, density):
+    here, generator = lab(precision=precision), torch.Generator().manual_seed(0)
+
+    def dare(name):
+        delta = here.deltas.get(name)
+        if delta is not None:
+            return delta * (torch.rand(delta.shape, generator=generator) < density) / density
+
+    cause = here.cause(here.model(dare), extracted=extracted)
+    assert cause["cause"] == "thinned_out"
+    assert cause["evidence"]["factor"] == pytest.approx(1 / density, rel=1e-3)
+    assert cause["evidence"]["density"] == pytest.approx(density, abs=0.05)
+    assert f"as DARE with a density of {density} leaves it" in cause["sentence"]
+    assert sorted(cause["evidence"]["parameters"]) == sorted(here.names)
+
+
+@in_both
+def test_only_the_largest_elements_of_the_update(lab, precision):
+    here = lab(precision=precision)
+
+    def largest(name):
+        delta = here.deltas.get(name)
+        if delta is not None:
+            return delta * (delta.abs() > delta.abs().flatten().quantile(0.8))
+
+    cause = here.cause(here.model(largest))
+    assert cause["cause"] == "thinned_out"
+    assert cause["evidence"]["largest_elements"] is True
+    assert cause["evidence"]["density"] == pytest.approx(0.2, abs=0.02)
+    assert "about 20" in cause["sentence"] and "as TIES or pruning by size" in cause["sentence"]
+
+
+def test_a_few_elements_left_out_are_damage_and_half_of_the_columns_no_thinning(lab):
+    here = lab()
+    name = next(name for name in here.names if "q_proj" in name)
+
+    def without(chosen):
+        def change(other):
+            delta = here.deltas.get(other)
+            if other != name or delta is None:
+                return delta
+            delta = delta.clone()
+            delta[chosen] = 0
+            return delta
+
+        return here.cause(here.model(change))
+
+    assert without((slice(0, 4), 3))["cause"] == "corrupted"
+    assert without((slice(None), slice(0, 16)))["cause"] != "thinned_out"
+
+
+@in_both
+def test_weights_pruned_after_the_merge(lab, precision):
+    here = lab(precision=precision)
+    tensors = here.merged()
+    for name, tensor in tensors.items():
+        if "proj" in name:
+            tensors[name] = tensor * (tensor.abs() > tensor.float().abs().median())
+    cause = here.cause(here.write(tensors))
+    assert cause["cause"] == "pruned"
+    assert sorted(cause["evidence"]["parameters"]) == sorted(here.names)
+    others = {name for name in tensors if "proj" in name} - set(here.names)
+    assert set(cause["evidence"]["unadapted_parameters"]) == others
+    assert cause["evidence"]["zero_share"] == pytest.approx(0.5, abs=0.02)
+
+
+@in_both
+@either_way
+def test_two_layers_swapped_with_all_that_is_in_them(lab, precision, extracted):
+    here = lab(precision=precision)
+    merged = here.merged()
+    swapped = {n: merged[swap_layers(n) if ".layers." in n else n] for n in merged}
+    cause = here.cause(here.write(swapped), extracted=extracted)
+    assert cause["cause"] == "reordered"
+    of_layers = [name for name in merged if ".layers." in name]
+    assert cause["evidence"]["weights_of"] == {name: swap_layers(name) for name in of_layers}
+    assert "Weights are in the wrong place" in cause["sentence"]
+
+
+@in_both
+def test_rows_of_the_weights_in_another_order(lab, precision):
+    here = lab(precision=precision)
+    merged = here.merged()
+    names = [name for name in merged if "q_proj" in name]
+    for name in names:  # as convert_llama_weights_to_hf permutes the rotary halves of a head
+        heads = merged[name].view(4, 2, 4, 32)
+        merged[name] = heads.transpose(1, 2).reshape(32, 32)
+    cause = here.cause(here.write(merged))
+    assert cause["cause"] == "reordered"
+    assert sorted(cause["evidence"]["rows_of"]) == sorted(names)
+
+
+def test_rows_of_the_update_in_another_order(lab):
+    here = lab()
+    order = torch.randperm(32, generator=torch.Generator().manual_seed(0))
+
+    def change(name):
+        delta = here.deltas.get(name)
+        return delta[order] if "q_proj" in name else delta
+
+    cause = here.cause(here.model(change))
+    assert cause["cause"] == "reordered"
+    assert "rows of the update alone" in cause["sentence"]
+
+
+@in_both
+def test_an_update_cut_in_rank(lab, precision):
+    here = lab(precision=precision)
+
+    def truncated(name):
+        if (delta := here.deltas.get(name)) is not None:
+            U, S, V = torch.linalg.svd(delta)
+            return (U[:, :2] * S[:2]) @ V[:2]
+
+    cause = here.cause(here.model(truncated))
+    assert cause["cause"] == "truncated"
+    for found in cause["evidence"]["sampled"].values():
+        assert found["rank"] == 2 and found["adapter_rank"] == 4 and found["best_of_its_rank"]
+
+
+@in_both
+def test_a_weighted_sum_of_two_adapters(lab, tiny, tmp_path, precision):
+    here = lab(precision=precision)
+    other = Lab(tmp_path / "other", tiny, scale=0.2, seed=9)
+    assert other.names == here.names
+
+    cause = here.cause(
+        here.model(
+            lambda n: 0.3 * here.deltas[n] + 0.7 * other.deltas[n] if n in here.deltas else None
+        )
+    )
+    assert cause["cause"] == "additional_adapter"
+    assert "mixture of adapters" in cause["sentence"]
+    for found in cause["evidence"]["sampled"].values():
+        assert found["factor"] == pytest.approx(0.3, rel=0.1)
+        assert found["rank_without_delta"] == 4
+
+
+@pytest.mark.parametrize("group", [32, "row"])
+@in_both
+def test_a_merged_model_that_went_through_eight_bits(lab, precision, group):
+    here = lab(precision=precision)
+    tensors = here.merged(dtype=torch.float32)
+    for name, tensor in tensors.items():
+        if "proj" in name:
+            runs = tensor.reshape(-1, tensor.shape[1] if group == "row" else group)
+            step = runs.abs().amax(1, keepdim=True) / 127
+            tensors[name] = ((runs / step).round() * step).reshape(tensor.shape)
+    tensors = {name: tensor.to(here.dtype) for name, tensor in tensors.items()}
+    cause = here.cause(here.write(tensors))
+    assert cause["cause"] == "quantised"
+    assert cause["evidence"]["format"] == "8-bit"
+    assert "The merged model was quantised" in cause["sentence"]
+
+
+def test_what_a_failed_merge_is_off_by_is_not_called_rounding(lab):
+    here = lab()
+    cost = here.compare(here.model(lambda n: 3 * here.deltas[n] if n in here.deltas else None))
+    assert "off the adapter's delta by 200 % of the delta's norm" in cost["cost"]["sentence"]
+    assert "keeps" not in cost["cost"]["sentence"]
+    held = here.compare(here.model())
+    assert "this merge keeps 99.9" in held["cost"]["sentence"]
+
+
+@in_both
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+def test_a_dora_merged_as_if_it_were_a_plain_lora(lab, precision, factor):
+    here = lab(precision=precision, use_dora=True)
+    cause = here.cause(here.model(lambda n: factor * here.deltas[n] if n in here.deltas else None))
+    assert cause["cause"] == "magnitudes_left_out"
+    assert sorted(cause["evidence"]["parameters"]) == sorted(here.names)
+    for found in cause["evidence"]["factors"].values():
+        assert found == pytest.approx(factor, rel=0.01)
+    assert ("times about 0.5" in cause["sentence"]) == (factor == 0.5)
