@@ -27,6 +27,7 @@ _SYNC_FILE_RANGE_WRITE = 2
 _memcmp = ctypes.CDLL(None).memcmp  # PyTorch's torch.equal takes three times as long
 _memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 
+_AHEAD = 1 << 22  # bytes that are fetched ahead of what is read, at least
 _COPIED_AT_ONCE = 1 << 26  # bytes; what is copied is on its way to disk while the next is copied
 
 
@@ -46,6 +47,7 @@ class TensorFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._passing: set[str] = set()
         try:
             self._fd = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
@@ -69,19 +71,27 @@ class TensorFile:
         buffer = torch.empty((stop - start) * row_bytes, dtype=torch.uint8)
         offset = info.offset + start * row_bytes
         self._read_into(_bytes_of(buffer), offset)
-        _read_ahead(
-            self._fd, offset + len(buffer), min(len(buffer), info.end - offset - len(buffer))
-        )
+        end = offset + len(buffer)
+        _advise(self._fd, end, min(max(len(buffer), _AHEAD), info.end - end), "WILLNEED")
+        if info.name in self._passing:
+            _advise(self._fd, offset, len(buffer), "DONTNEED")
         shape = info.shape if whole or not info.shape else (stop - start, *info.row_shape)
         return buffer.view(info.dtype).view(shape)
 
     def is_cached(self, info: TensorInfo) -> bool:
-        """Whether the middle of a tensor's bytes is in memory; False where nobody can tell."""
+        """Whether the middle of a tensor's bytes is in memory; False where nobody can tell.
+
+        One that is not will be dropped from memory again as it is read: it would drive out others
+        that are still to be read.
+        """
         try:
             flags = os.RWF_NOWAIT
             return os.preadv(self._fd, [bytearray(1)], (info.offset + info.end) // 2, flags) == 1
-        except (OSError, AttributeError):  # it would have to wait; a system that does not say
-            return False
+        except BlockingIOError:  # it would have to be fetched from disk
+            self._passing.add(info.name)
+        except (OSError, AttributeError):  # a system that does not say
+            pass
+        return False
 
     def is_hole(self, info: TensorInfo) -> bool:
         """True if the file system knows that these bytes were never written (they read as zero).
@@ -283,13 +293,13 @@ def _reserve(fd: int, offset: int, nbytes: int) -> None:
             raise OSError(code, os.strerror(code))
 
 
-def _read_ahead(fd: int, offset: int, end: int) -> None:
-    """Have the system fetch the bytes that will be read next, while the last are worked on.
+def _advise(fd: int, offset: int, nbytes: int, advice: str) -> None:
+    """Tell the system that bytes will be read next, or not again; nothing where it does not listen.
 
-    Its own guess fails where several threads read one file.
+    Its own guess of what comes next fails where several threads read one file.
     """
-    if offset < end and hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(fd, offset, end - offset, os.POSIX_FADV_WILLNEED)
+    if nbytes > 0 and hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(fd, offset, nbytes, getattr(os, f"POSIX_FADV_{advice}"))
 
 
 def _begin_to_store(fd: int, offset: int, nbytes: int) -> None:

@@ -215,23 +215,34 @@ def test_bytes_are_compared_as_bytes():
     assert same_bits(torch.zeros(0, 3), torch.zeros(0, 3))
 
 
-@pytest.mark.parametrize("answer", [BlockingIOError(), OSError(errno.EOPNOTSUPP, ""), 1])
-def test_what_the_system_says_of_its_cache_is_believed(tmp_path, monkeypatch, answer):
-    save_file({"a": torch.ones(100)}, tmp_path / "one.safetensors")
-    asked = []
+@pytest.mark.parametrize("answer", [BlockingIOError(), OSError(errno.EOPNOTSUPP, ""), None])
+def test_what_was_not_in_memory_is_let_go_of_as_it_is_read(tmp_path, monkeypatch, answer):
+    """The system's answers are acted; None is that it has the byte."""
+    save_file({"a": torch.arange(100.0)}, tmp_path / "one.safetensors")
+    asked, dropped, preadv = [], [], os.preadv
 
-    def preadv(fd: int, buffers: list[bytearray], offset: int, flags: int = 0) -> int:
+    def ask(fd: int, buffers: list[bytearray], offset: int, flags: int = 0) -> int:
+        if not flags:
+            return preadv(fd, buffers, offset)
         asked.append((offset, flags))
-        if isinstance(answer, OSError):
+        if answer is not None:
             raise answer
         return 1
 
+    def advise(fd: int, offset: int, nbytes: int, advice: int) -> None:
+        if advice == os.POSIX_FADV_DONTNEED:
+            dropped.append((offset, nbytes))
+
     with TensorFile(tmp_path / "one.safetensors") as file:
         info = file.tensors["a"]
-        monkeypatch.setattr(os, "preadv", preadv)
+        monkeypatch.setattr(os, "preadv", ask)
+        monkeypatch.setattr(os, "posix_fadvise", advise)
         monkeypatch.setattr(os, "RWF_NOWAIT", 8, raising=False)
-        assert file.is_cached(info) is (answer == 1)
+        assert file.is_cached(info) is (answer is None)
+        assert torch.equal(file.read(info, 10, 30), torch.arange(10.0, 30.0))
     assert asked == [(info.offset + 200, 8)]
+    passing = isinstance(answer, BlockingIOError)
+    assert dropped == ([(info.offset + 40, 80)] if passing else [])
 
 
 def test_a_write_that_does_not_fit_is_refused(tmp_path):
