@@ -8,8 +8,11 @@ thread's work from beginning to end, so results do not depend on how many there 
 from __future__ import annotations
 
 import ctypes
+import threading
+from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import cycle
 from typing import TypeVar
 
 import torch
@@ -36,8 +39,8 @@ def for_each(
     Args:
         work: must not change what the work on another item reads.
         cost: how much work an item is, in any unit, to share it out among processes.
-        cached: how much of what it reads is in memory, in any unit. The most comes first: what is
-            read from disk meanwhile would drive it out.
+        cached: how much of what it reads is in memory, in any unit. The most comes first, before
+            something else drives it out; every other thread begins with what is not.
 
     Returns:
         the results in the order of the items, in every process.
@@ -56,23 +59,32 @@ def _on_threads(
     work: Callable[[Item], Result], items: list[Item], cached: Callable[[Item], int]
 ) -> list[Result]:
     _keep_freed_memory()
-    order = sorted(range(len(items)), key=lambda index: -cached(items[index]))
+    in_memory = [cached(item) for item in items]
+    order = sorted(range(len(items)), key=lambda index: -in_memory[index])
+    todo = deque(order)
+    # While one thread has what is in memory to work on, another waits for the disk.
+    ends = cycle([todo.popleft, todo.pop] if len(set(in_memory)) > 1 else [todo.popleft])
+    mine = threading.local()
 
-    def alone(item: Item) -> Result:
+    def begin() -> None:
+        mine.take = next(ends)
+
+    def work_on_next() -> tuple[int, Result]:
+        index: int = mine.take()
         with torch.inference_mode():  # each call of PyTorch holds Python's lock for less long
-            return work(item)
+            return index, work(items[index])
 
     threads = torch.get_num_threads()
     workers = min(threads, _MOST)
-    results: dict[int, Result] = {}
     if workers == 1:
-        results = {index: alone(items[index]) for index in order}
+        mine.take = todo.popleft
+        results = dict(work_on_next() for _ in items)
         return [results[index] for index in range(len(items))]
-    pool = ThreadPoolExecutor(workers)
+    pool = ThreadPoolExecutor(workers, initializer=begin)
     torch.set_num_threads(threads // workers)
     try:
-        futures = {index: pool.submit(alone, items[index]) for index in order}
-        results = {index: future.result() for index, future in futures.items()}
+        futures = [pool.submit(work_on_next) for _ in items]
+        results = dict(future.result() for future in futures)
         return [results[index] for index in range(len(items))]
     finally:
         pool.shutdown(cancel_futures=True)
