@@ -46,7 +46,7 @@ class TorchFile(TensorFile):
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self.metadata = path, {}
+        self.path, self.metadata, self._passing = path, {}, set()
         try:
             self._fd = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
