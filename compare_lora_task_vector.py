@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # torch is loaded only when there is work to do: --help stays
     from taskvec.checkpoint import Checkpoint
     from taskvec.compare import ParameterResult
     from taskvec.taskvector import TaskVector
-    from taskvec.tensorfile import TensorFileWriter
+    from taskvec.tensorfile import StoredTensor, TensorFileWriter
     from taskvec.update import Update
 
 RESULTS, DELTAS, REPORT = (
@@ -218,18 +218,16 @@ def _compare_all(
         nbytes = base.tensors[name].nbytes
         return nbytes if name in adapter.scalings or not vector.is_zero(name) else 0
 
+    def reads(name: str) -> list[StoredTensor]:
+        return [base.stored(name), *vector.stored(name)] if cost(name) else []
+
     names = [name for name, info in base.tensors.items() if info.is_float]
     specs = [(name, torch.float32, base.tensors[name].shape) for name in adapter.parameters]
     with (
         TensorFileWriter(directory / DELTAS, specs) as writer,
         cli.progress(sum(base.tensors[name].nbytes for name in names), "Comparing") as bar,
     ):
-        return for_each(
-            examine,
-            names,
-            cost,
-            cached=lambda name: base.is_cached(name) + vector.is_cached(name),
-        )
+        return for_each(examine, names, cost, reads)
 
 
 def _write_delta(update: Update, writer: TensorFileWriter) -> None:

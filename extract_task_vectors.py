@@ -123,7 +123,7 @@ def extract(
                 lambda info: _extract_tensor(vector, base, info, writer, torch_device, bar),
                 tensors.values(),
                 cost=lambda info: info.nbytes,
-                cached=lambda info: base.is_cached(info.name) + vector.is_cached(info.name),
+                reads=lambda info: [base.stored(info.name), *vector.stored(info.name)],
             )
         found = dict(zip(tensors, magnitudes, strict=True))
         summary = summarise(tensors, found, metadata)

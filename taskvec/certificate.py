@@ -5,7 +5,7 @@ and two small histograms. Which recipes reproduce every bit, and whether every e
 lies within its bound, are both answered in that one pass.
 
 It runs over every element of a model, so it makes few passes, and those in fp32 where the bound
-allows (`rounding.bound_rows`). What is needed only when something is wrong is computed only then.
+allows (`bounds.bound_rows`). What is needed only when something is wrong is computed only then.
 """
 
 from __future__ import annotations
@@ -16,21 +16,10 @@ from dataclasses import dataclass, field
 
 import torch
 
+from taskvec.bounds import Family, bound_rows, families
 from taskvec.difference import Difference, count_differing, count_nonzero, differing
 from taskvec.recipes import RecipeSearch, RecipeTally
-from taskvec.rounding import (
-    FP32,
-    RECIPES,
-    U32,
-    Family,
-    Format,
-    all_finite,
-    bound_rows,
-    families,
-    half_ulp,
-    loses,
-    subtract_rows,
-)
+from taskvec.rounding import FP32, RECIPES, U32, Format, all_finite, half_ulp, loses, subtract_rows
 from taskvec.update import Update
 
 ULP_BINS, ULP_RANGE = 120, 3.0  # histograms of |T - delta| and of its bound, in ulps of M

@@ -20,7 +20,7 @@ import torch
 from taskvec.adapters.files import CONFIG_FILE, PICKLED_FILE, WEIGHTS_FILE
 from taskvec.cli import UserError
 from taskvec.header import TensorInfo, without_duplicates
-from taskvec.tensorfile import TensorFile
+from taskvec.tensorfile import StoredTensor, TensorFile
 from taskvec.ties import set_copies_aside
 from taskvec.torchfile import TorchFile, is_torch_file
 
@@ -81,10 +81,10 @@ class Checkpoint:
         info = self.tensors[name]
         return self.shards[info.path].read(info, start, stop)
 
-    def is_cached(self, name: str) -> bool:
-        """Whether the system has a tensor in memory, as far as one byte of it tells."""
+    def stored(self, name: str) -> StoredTensor:
+        """Where a tensor is read from."""
         info = self.tensors[name]
-        return self.shards[info.path].is_cached(info)
+        return StoredTensor(self.shards[info.path], info)
 
     def is_hole(self, name: str) -> bool:
         """True if a tensor is known to be zero without reading it."""

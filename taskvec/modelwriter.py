@@ -141,7 +141,7 @@ def write_models(
             ),
             files,
             cost=lambda name: base.tensors[name].nbytes,
-            cached=base.is_cached,
+            reads=lambda name: [base.stored(name)],
         )
 
     def write_other_files() -> None:

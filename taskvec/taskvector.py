@@ -21,7 +21,7 @@ from taskvec.difference import is_zero
 from taskvec.header import TensorInfo
 from taskvec.names import aligned
 from taskvec.rounding import BF16, FORMATS, FP16, FP32, Format, all_finite, subtract_rows
-from taskvec.tensorfile import TensorFile, row_blocks, same_bits, to_device
+from taskvec.tensorfile import StoredTensor, TensorFile, row_blocks, same_bits, to_device
 from taskvec.ties import set_copies_aside
 
 TASK_VECTOR_FILE = "task_vector.safetensors"
@@ -59,8 +59,8 @@ class TaskVector(Protocol):
     def is_zero(self, name: str) -> bool:
         """True if a parameter is known to be zero without reading it."""
 
-    def is_cached(self, name: str) -> bool:
-        """Whether the system has what is read for a parameter in memory, as far as it tells."""
+    def stored(self, name: str) -> list[StoredTensor]:
+        """Where a parameter is read from, beside the base; nothing if it is left out."""
 
     def block(self, base: torch.Tensor, name: str, start: int, stop: int) -> Block:
         """Rows of the task vector beside the given rows of the base, on the base's device."""
@@ -93,8 +93,9 @@ class StoredTaskVector:
     def is_zero(self, name: str) -> bool:
         return name not in self.file.tensors or self.file.is_hole(self.file.tensors[name])
 
-    def is_cached(self, name: str) -> bool:
-        return name in self.file.tensors and self.file.is_cached(self.file.tensors[name])
+    def stored(self, name: str) -> list[StoredTensor]:
+        held = name in self.file.tensors
+        return [StoredTensor(self.file, self.file.tensors[name])] if held else []
 
     def check_fits(self, base: Checkpoint) -> None:
         """Refuse a task vector of another architecture; from here on its tensors have base's names.
@@ -168,8 +169,8 @@ class FormedTaskVector:
     def is_zero(self, name: str) -> bool:
         return name not in self.merged.tensors
 
-    def is_cached(self, name: str) -> bool:
-        return name in self.merged.tensors and self.merged.is_cached(name)
+    def stored(self, name: str) -> list[StoredTensor]:
+        return [self.merged.stored(name)] if name in self.merged.tensors else []
 
     def check_other_tensors(
         self, base: Checkpoint, advance: Callable[[int], object] = lambda nbytes: None

@@ -11,6 +11,7 @@ import ctypes
 import errno
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -53,10 +54,14 @@ class TensorFile:
         except FileNotFoundError:
             raise UserError(f"{path}: no such file") from None
         try:
-            self.tensors, self.metadata = read_header(path, self._fd)
+            self.tensors, self.metadata = self._find_tensors()
         except BaseException:
-            os.close(self._fd)
+            self.close()
             raise
+
+    def _find_tensors(self) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+        """Where the tensors lie in the open file, and what else its header says."""
+        return read_header(self.path, self._fd)
 
     def read(self, info: TensorInfo, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Rows ``start`` to ``stop`` of a tensor, in its stored dtype, on the CPU.
@@ -79,19 +84,19 @@ class TensorFile:
         return buffer.view(info.dtype).view(shape)
 
     def is_cached(self, info: TensorInfo) -> bool:
-        """Whether the middle of a tensor's bytes is in memory; False where nobody can tell.
-
-        One that is not will be dropped from memory again as it is read: it would drive out others
-        that are still to be read.
-        """
+        """Whether the middle of a tensor's bytes is in memory; True where nobody can tell."""
         try:
             flags = os.RWF_NOWAIT
-            return os.preadv(self._fd, [bytearray(1)], (info.offset + info.end) // 2, flags) == 1
+            os.preadv(self._fd, [bytearray(1)], (info.offset + info.end) // 2, flags)
         except BlockingIOError:  # it would have to be fetched from disk
-            self._passing.add(info.name)
+            return False
         except (OSError, AttributeError):  # a system that does not say
             pass
-        return False
+        return True
+
+    def let_go(self, info: TensorInfo) -> None:
+        """From here on, drop a tensor's bytes from the system's memory as they are read."""
+        self._passing.add(info.name)
 
     def is_hole(self, info: TensorInfo) -> bool:
         """True if the file system knows that these bytes were never written (they read as zero).
@@ -175,6 +180,22 @@ class TensorFile:
 
     def _shrunk(self, offset: int) -> UserError:
         return UserError(f"{self.path}: the file ended at byte {offset} while it was being read")
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of a file, as something that the system has in memory or not."""
+
+    file: TensorFile
+    info: TensorInfo
+
+    def is_cached(self) -> bool:
+        """Whether it is in memory, as far as one byte of it tells."""
+        return self.file.is_cached(self.info)
+
+    def let_go(self) -> None:
+        """Keep it out of there: what is still to be read has more use of the room."""
+        self.file.let_go(self.info)
 
 
 class TensorFileWriter:

@@ -45,22 +45,13 @@ class TorchFile(TensorFile):
         UserError: missing, damaged, or holds anything but tensors by name.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.metadata, self._passing = path, {}, set()
-        try:
-            self._fd = os.open(path, os.O_RDONLY)
-        except FileNotFoundError:
-            raise UserError(f"{path}: no such file") from None
-        try:
-            tensors = _stored_tensors(path)
-            if tensors is None:
-                spooled, tensors = _spool(path)
-                self.close()
-                self._fd = spooled
-        except BaseException:
+    def _find_tensors(self) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+        tensors = _stored_tensors(self.path)
+        if tensors is None:
+            spooled, tensors = _spool(self.path)
             self.close()
-            raise
-        self.tensors = tensors
+            self._fd = spooled
+        return tensors, {}
 
 
 def is_torch_file(path: Path) -> bool:

@@ -11,7 +11,8 @@ from collections.abc import Hashable
 
 import torch
 
-from taskvec.rounding import Family, Format, Recipe, rounding_error
+from taskvec.bounds import Family
+from taskvec.rounding import Format, Recipe, rounding_error
 
 
 class Update(ABC):

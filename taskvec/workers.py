@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import cycle
 from typing import TypeVar
@@ -18,6 +18,7 @@ from typing import TypeVar
 import torch
 
 from taskvec import processes
+from taskvec.tensorfile import StoredTensor
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -32,15 +33,15 @@ def for_each(
     work: Callable[[Item], Result],
     items: Iterable[Item],
     cost: Callable[[Item], float] = lambda item: 1.0,
-    cached: Callable[[Item], int] = lambda item: 0,
+    reads: Callable[[Item], Sequence[StoredTensor]] = lambda item: (),
 ) -> list[Result]:
     """Do some work on every item, on as many threads as PyTorch may use, and in every process.
 
     Args:
         work: must not change what the work on another item reads.
         cost: how much work an item is, in any unit, to share it out among processes.
-        cached: how much of what it reads is in memory, in any unit. The most comes first, before
-            something else drives it out; every other thread begins with what is not.
+        reads: what it reads, where that is worth reading in another order than that of the items
+            (`_by_memory`).
 
     Returns:
         the results in the order of the items, in every process.
@@ -51,19 +52,20 @@ def for_each(
     """
     items = list(items)
     return processes.divided(
-        lambda share: _on_threads(work, share, cached), items, [cost(item) for item in items]
+        lambda share: _on_threads(work, share, reads), items, [cost(item) for item in items]
     )
 
 
 def _on_threads(
-    work: Callable[[Item], Result], items: list[Item], cached: Callable[[Item], int]
+    work: Callable[[Item], Result],
+    items: list[Item],
+    reads: Callable[[Item], Sequence[StoredTensor]],
 ) -> list[Result]:
     _keep_freed_memory()
-    in_memory = [cached(item) for item in items]
-    order = sorted(range(len(items)), key=lambda index: -in_memory[index])
+    order, mixed = _by_memory([reads(item) for item in items])
     todo = deque(order)
     # While one thread has what is in memory to work on, another waits for the disk.
-    ends = cycle([todo.popleft, todo.pop] if len(set(in_memory)) > 1 else [todo.popleft])
+    ends = cycle([todo.popleft, todo.pop] if mixed else [todo.popleft])
     mine = threading.local()
 
     def begin() -> None:
@@ -89,6 +91,31 @@ def _on_threads(
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)
+
+
+def _by_memory(reads: Sequence[Sequence[StoredTensor]]) -> tuple[list[int], bool]:
+    """In which order to work where a part of what is read is in memory, but not all of it.
+
+    Whoever reads a model from its beginning drives out of memory what lies at its end, which is
+    what the step before has left there. So what is in memory comes first, and the rest is let go of
+    as it is read. Where all is there, or nothing, the order is that of the items.
+
+    Args:
+        reads: what the work on each item reads.
+
+    Returns:
+        the items' numbers, those with the most in memory first; and whether it was so.
+    """
+    cached = [[tensor.is_cached() for tensor in tensors] for tensors in reads]
+    found = {answer for answers in cached for answer in answers}
+    order = list(range(len(reads)))
+    if len(found) < 2:
+        return order, False
+    for tensors, answers in zip(reads, cached, strict=True):
+        for tensor, answer in zip(tensors, answers, strict=True):
+            if not answer:
+                tensor.let_go()
+    return sorted(order, key=lambda index: -sum(cached[index])), True
 
 
 def _keep_freed_memory() -> None:

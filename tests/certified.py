@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import pytest
 import torch
 
 from taskvec.certificate import (
@@ -14,6 +15,8 @@ from taskvec.certificate import (
 from taskvec.compare import Comparison, Magnitude, PairSums, ParameterResult
 from taskvec.difference import Difference
 from taskvec.rounding import (
+    FORMATS,
+    RECIPES,
     Format,
     Recipe,
     merge_rows,
@@ -22,6 +25,9 @@ from taskvec.rounding import (
 )
 from taskvec.updates.products import LowRank
 from taskvec.verdict import judge
+
+RECIPE = {recipe.name: recipe for recipe in RECIPES}
+by_format = pytest.mark.parametrize("format", FORMATS.values(), ids=lambda format: format.name)
 
 
 def subtracted_from(base: torch.Tensor, base_format: Format | None) -> torch.Tensor:
@@ -75,6 +81,13 @@ def result_of(
 def merged_by(recipe: Recipe, update: LowRank, base: torch.Tensor, format: Format) -> torch.Tensor:
     delta = recipe_delta(recipe, update, 0, base.shape[0], format)
     return merge_rows(recipe, base, delta, format)
+
+
+def update_of(rows: int, columns: int, rank: int, scaling: float, *, seed: int = 0) -> LowRank:
+    generator = torch.Generator().manual_seed(seed)
+    A = torch.randn(rank, columns, generator=generator) * 0.05
+    B = torch.randn(rows, rank, generator=generator) * 0.02
+    return LowRank("weight", A, B, scaling)
 
 
 def realistic(

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from taskvec.bounds import families
 from taskvec.certificate import (
     HISTOGRAM_ELEMENTS,
     ULP_BINS,
@@ -26,7 +27,6 @@ from taskvec.rounding import (
     ONCE,
     RECIPES,
     Format,
-    families,
     is_power_of_two,
     merge_rows,
     subtract_rows,
@@ -34,7 +34,9 @@ from taskvec.rounding import (
 from taskvec.updates.products import LowRank
 from taskvec.verdict import judge, rounding_cost
 from tests.certified import (
+    RECIPE,
     backwards,
+    by_format,
     by_numpy,
     certify,
     fused,
@@ -46,10 +48,6 @@ from tests.certified import (
     subtracted_from,
     verdict_of,
 )
-
-RECIPE = {recipe.name: recipe for recipe in RECIPES}
-by_format = pytest.mark.parametrize("format", FORMATS.values(), ids=lambda format: format.name)
-
 
 # --- no false alarm ---------------------------------------------------------------------------
 

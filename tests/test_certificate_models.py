@@ -14,13 +14,10 @@ from compare_lora_task_vector import compare
 from merge_lora import merge
 from taskvec.rounding import (
     FORMATS,
-    RECIPES,
 )
+from tests.certified import RECIPE
 from tests.checks import edit_tensors
 from tests.models import peft_merge
-
-RECIPE = {recipe.name: recipe for recipe in RECIPES}
-by_format = pytest.mark.parametrize("format", FORMATS.values(), ids=lambda format: format.name)
 
 
 @pytest.fixture(scope="module")

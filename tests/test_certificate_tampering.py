@@ -12,7 +12,6 @@ import torch
 
 from taskvec.rounding import (
     BF16,
-    FORMATS,
     FP16,
     FP32,
     ONCE,
@@ -23,7 +22,9 @@ from taskvec.rounding import (
 from taskvec.updates.products import LowRank
 from taskvec.verdict import judge
 from tests.certified import (
+    RECIPE,
     backwards,
+    by_format,
     by_numpy,
     certify,
     fused,
@@ -34,9 +35,6 @@ from tests.certified import (
     result_of,
     verdict_of,
 )
-
-RECIPE = {recipe.name: recipe for recipe in RECIPES}
-by_format = pytest.mark.parametrize("format", FORMATS.values(), ids=lambda format: format.name)
 
 
 def moved(merged: torch.Tensor, row: int, column: int, steps: int) -> torch.Tensor:

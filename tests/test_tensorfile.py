@@ -216,33 +216,39 @@ def test_bytes_are_compared_as_bytes():
 
 
 @pytest.mark.parametrize("answer", [BlockingIOError(), OSError(errno.EOPNOTSUPP, ""), None])
-def test_what_was_not_in_memory_is_let_go_of_as_it_is_read(tmp_path, monkeypatch, answer):
-    """The system's answers are acted; None is that it has the byte."""
-    save_file({"a": torch.arange(100.0)}, tmp_path / "one.safetensors")
-    asked, dropped, preadv = [], [], os.preadv
+def test_only_what_the_system_would_have_to_fetch_is_not_in_memory(tmp_path, monkeypatch, answer):
+    save_file({"a": torch.ones(100)}, tmp_path / "one.safetensors")
+    asked = []
 
-    def ask(fd: int, buffers: list[bytearray], offset: int, flags: int = 0) -> int:
-        if not flags:
-            return preadv(fd, buffers, offset)
+    def ask(fd: int, buffers: list[bytearray], offset: int, flags: int) -> int:
         asked.append((offset, flags))
         if answer is not None:
             raise answer
         return 1
 
+    with TensorFile(tmp_path / "one.safetensors") as file:
+        info = file.tensors["a"]
+        monkeypatch.setattr(os, "preadv", ask)
+        monkeypatch.setattr(os, "RWF_NOWAIT", 8, raising=False)
+        assert file.is_cached(info) is not isinstance(answer, BlockingIOError)
+    assert asked == [(info.offset + 200, 8)]
+
+
+def test_what_is_let_go_of_is_dropped_as_it_is_read(tmp_path, monkeypatch):
+    save_file({"a": torch.arange(100.0), "b": torch.ones(9)}, tmp_path / "one.safetensors")
+    dropped = []
+
     def advise(fd: int, offset: int, nbytes: int, advice: int) -> None:
         if advice == os.POSIX_FADV_DONTNEED:
             dropped.append((offset, nbytes))
 
+    monkeypatch.setattr(os, "posix_fadvise", advise)
     with TensorFile(tmp_path / "one.safetensors") as file:
         info = file.tensors["a"]
-        monkeypatch.setattr(os, "preadv", ask)
-        monkeypatch.setattr(os, "posix_fadvise", advise)
-        monkeypatch.setattr(os, "RWF_NOWAIT", 8, raising=False)
-        assert file.is_cached(info) is (answer is None)
+        file.let_go(info)
         assert torch.equal(file.read(info, 10, 30), torch.arange(10.0, 30.0))
-    assert asked == [(info.offset + 200, 8)]
-    passing = isinstance(answer, BlockingIOError)
-    assert dropped == ([(info.offset + 40, 80)] if passing else [])
+        file.read(file.tensors["b"])
+    assert dropped == [(info.offset + 40, 80)]
 
 
 def test_a_write_that_does_not_fit_is_refused(tmp_path):

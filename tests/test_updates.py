@@ -10,19 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from taskvec.bounds import bound_rows, families
 from taskvec.certificate import Block, ParameterCertificate
 from taskvec.cli import UserError
 from taskvec.header import TensorInfo
-from taskvec.rounding import (
-    BF16,
-    FORMATS,
-    FP32,
-    RECIPES,
-    Format,
-    bound_rows,
-    families,
-    subtract_rows,
-)
+from taskvec.rounding import BF16, FORMATS, FP32, RECIPES, Format, subtract_rows
 from taskvec.update import Update
 from taskvec.updates.dora import Dora
 from taskvec.updates.in_turn import InTurn

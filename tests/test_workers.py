@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ import torch
 from compare_lora_task_vector import compare
 from extract_task_vectors import extract
 from merge_lora import merge
+from taskvec.tensorfile import StoredTensor
 from taskvec.workers import for_each
 
 
@@ -59,11 +61,24 @@ def test_a_failure_is_raised_and_what_has_not_begun_is_left_undone(threads, coun
     assert torch.get_num_threads() == count
 
 
+class Stored(StoredTensor):
+    """A tensor of which it is given whether it is in memory."""
+
+    def __init__(self, cached: bool) -> None:
+        self.__dict__.update(cached=cached, passing=False)
+
+    def is_cached(self) -> bool:
+        return bool(self.__dict__["cached"])
+
+    def let_go(self) -> None:
+        self.__dict__["passing"] = True
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_what_is_in_memory_comes_first_and_results_keep_their_order(threads, count):
     threads(count)
     begun: list[int] = []
-    cached = [0, 2, 1, 2, 0, 1]
+    tensors = [[Stored(number < of) for number in range(2)] for of in (0, 2, 1, 2, 0, 1)]
     meeting = threading.Barrier(count, timeout=30)
 
     def work(item: int) -> int:
@@ -71,11 +86,23 @@ def test_what_is_in_memory_comes_first_and_results_keep_their_order(threads, cou
         meeting.wait()  # as many as there are threads are begun together
         return 10 * item
 
-    assert for_each(work, range(6), cached=cached.__getitem__) == [0, 10, 20, 30, 40, 50]
+    assert for_each(work, range(6), reads=tensors.__getitem__) == [0, 10, 20, 30, 40, 50]
     if count == 1:
         assert begun == [1, 3, 2, 5, 0, 4]
     else:  # one thread from the front, the other from the back
         assert [set(begun[at : at + 2]) for at in (0, 2, 4)] == [{1, 4}, {3, 0}, {2, 5}]
+    for each in itertools.chain(*tensors):  # what was not there does not stay
+        assert each.__dict__["passing"] is not each.is_cached()
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_where_all_is_in_memory_or_nothing_the_order_is_that_of_the_items(threads, cached):
+    threads(1)
+    begun: list[int] = []
+    tensors = [[Stored(cached)] for _ in range(4)] + [[]]
+    for_each(begun.append, range(5), reads=tensors.__getitem__)
+    assert begun == [0, 1, 2, 3, 4]
+    assert not any(each.__dict__["passing"] for each in itertools.chain(*tensors))
 
 
 def test_the_chain_writes_the_same_bytes_with_any_number_of_threads(

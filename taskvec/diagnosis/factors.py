@@ -11,10 +11,11 @@ from dataclasses import replace
 
 import torch
 
+from taskvec.bounds import bound_rows, families
 from taskvec.certificate import Block, ParameterCertificate
 from taskvec.compare import Comparison, ParameterResult
 from taskvec.diagnosis.case import Case, lower_formats, merged_rows, wide, worst_row
-from taskvec.rounding import FP32, U32, Format, bound_rows, families
+from taskvec.rounding import FP32, U32, Format
 from taskvec.update import Update
 from taskvec.updates.dora import Dora
 from taskvec.updates.products import LowRank

@@ -9,20 +9,13 @@ from typing import Any
 
 import torch
 
+from taskvec.bounds import AS_COMPUTED, bound_rows
 from taskvec.certificate import Block
 from taskvec.compare import Comparison, ParameterResult
 from taskvec.diagnosis.case import Case, merged_rows, wide
 from taskvec.diagnosis.merges import WrongMerge
 from taskvec.header import row_shape
-from taskvec.rounding import (
-    AS_COMPUTED,
-    FP16,
-    NARROW_FORMATS,
-    Format,
-    bound_rows,
-    half_ulp,
-    subtract_rows,
-)
+from taskvec.rounding import FP16, NARROW_FORMATS, Format, half_ulp, subtract_rows
 
 # Scattered elements up to this number, or this share, are damage; more must lie together.
 _FEW, _FEW_SHARE = 16, 1e-3

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
+from taskvec.bounds import gamma
 from taskvec.compare import Comparison, ParameterResult
 from taskvec.diagnosis.case import Case, merged_rows
 from taskvec.noisefloor import NoiseProfile, rounding_variance
-from taskvec.rounding import U32, gamma, half_ulp
+from taskvec.rounding import U32, half_ulp
 from taskvec.spectrum import (
     DENSE_ELEMENTS,
     DENSE_SIDE,

@@ -17,17 +17,10 @@ from typing import Any
 
 import torch
 
+from taskvec.bounds import Family, delta_error, gamma
 from taskvec.cli import UserError
 from taskvec.header import row_shape
-from taskvec.rounding import (
-    U32,
-    Family,
-    Format,
-    Recipe,
-    delta_error,
-    gamma,
-    rounding_error,
-)
+from taskvec.rounding import U32, Format, Recipe, rounding_error
 from taskvec.update import Update
 from taskvec.updates.products import LowRank
 from taskvec.updates.replaced import RowReader

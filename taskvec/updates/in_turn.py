@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from taskvec.rounding import FP32, Family, Format, Recipe, rounding_error
+from taskvec.bounds import Family
+from taskvec.rounding import FP32, Format, Recipe, rounding_error
 from taskvec.update import Update
 
 

@@ -15,20 +15,17 @@ from functools import cached_property
 
 import torch
 
+from taskvec.bounds import Family, merged_interval, product_error, underflow_of_products
 from taskvec.header import row_shape
 from taskvec.rounding import (
     FP32,
-    Family,
     Format,
     Recipe,
     all_finite,
     is_power_of_two,
     loses,
     merge_rows,
-    merged_interval,
-    product_error,
     recipe_delta,
-    underflow_of_products,
 )
 from taskvec.update import Update
 

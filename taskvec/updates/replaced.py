@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from taskvec.rounding import Family, Format, Recipe, rounding_error
+from taskvec.bounds import Family
+from taskvec.rounding import Format, Recipe, rounding_error
 from taskvec.update import Update
 
 # (start, stop) -> those rows of a tensor in its stored dtype, on the device of the arithmetic.
