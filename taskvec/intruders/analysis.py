@@ -13,7 +13,6 @@ from taskvec.checkpoint import Checkpoint
 from taskvec.cli import UserError
 from taskvec.intruders.basesvd import BaseSVD, SvdCache
 from taskvec.intruders.directions import (
-    EQUAL,
     TunedDirections,
     dense_directions,
     low_rank_directions,
@@ -162,14 +161,13 @@ def _only(found: TunedDirections, chosen: Sequence[int]) -> TunedDirections:
 def _base_entry(name: str, svd: BaseSVD, transposed: bool, settings: Settings) -> dict[str, Any]:
     where = place(name)
     m, n = len(svd.left), len(svd.right)
-    rank = int((svd.values > EQUAL * svd.values[0]).sum())
     return {
         "layer": where.layer,
         "block": where.block,
         "module": where.module,
         "shape": [m, n],
         "stored_transposed": transposed,
-        "outputs_without_base": m - rank,
+        "outputs_without_base": m - svd.rank,
         "base_singular_values": svd.values[: settings.leading].tolist(),
     }
 

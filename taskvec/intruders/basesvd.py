@@ -7,9 +7,11 @@ read from it is checked against the matrix before it is believed.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import shutil
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -18,6 +20,10 @@ from taskvec import cli
 from taskvec.header import TensorInfo
 from taskvec.output import output_directory
 from taskvec.tensorfile import TensorFile, TensorFileWriter
+
+# Of the largest singular value: closer ones count as equal, smaller ones as zero. Float64 still
+# tells vectors apart to 1e-6 there, and no verdict hangs on less.
+EQUAL = 1e-8
 
 _VERSION = "taskvec base SVD 1"
 _FILE = "svd.safetensors"
@@ -39,6 +45,28 @@ class BaseSVD:
     left: torch.Tensor
     values: torch.Tensor
     right: torch.Tensor
+
+    @cached_property
+    def rank(self) -> int:
+        """How many singular values are not zero: the first ones."""
+        return int((self.values > EQUAL * self.values[:1]).sum())
+
+    @cached_property
+    def repeated(self) -> list[tuple[int, int]]:
+        """(start, stop) of every group of two and more that are equal and not zero."""
+        return repeated(self.values[: self.rank])
+
+
+def repeated(values: torch.Tensor) -> list[tuple[int, int]]:
+    """(start, stop) of every group of two and more equal values; values (p,) descending."""
+    bounds = [0, *steps_down(values), len(values)]
+    return [(start, stop) for start, stop in itertools.pairwise(bounds) if stop - start > 1]
+
+
+def steps_down(values: torch.Tensor) -> list[int]:
+    """The i for which values[i] is no longer equal to values[i - 1]; values (p,) descending."""
+    listed: list[float] = values.tolist()
+    return [i for i in range(1, len(listed)) if listed[i - 1] - listed[i] > EQUAL * listed[0]]
 
 
 def base_svd(matrix: torch.Tensor) -> BaseSVD:

@@ -26,13 +26,10 @@ from dataclasses import dataclass
 
 import torch
 
-from taskvec.intruders.basesvd import BaseSVD
+from taskvec.intruders.basesvd import EQUAL, BaseSVD, repeated, steps_down
 from taskvec.intruders.bracket import Bracket, bracket_triplets
 from taskvec.intruders.leading import Triplets, leading_triplets
 
-# Of the largest singular value: closer ones count as equal, smaller ones as zero. Float64 still
-# tells vectors apart to 1e-6 there, and no verdict hangs on less.
-EQUAL = 1e-8
 _BEYOND = 4  # triplets beyond those wanted, to see where a group of equal ones ends
 
 
@@ -86,9 +83,7 @@ def low_rank_directions(
     left = base.left @ found.left[:p] + more_left @ found.left[p:]
     right = base.right @ found.right[:p] + more_right @ found.right[p:]
     beyond = torch.linalg.vector_norm(found.left[p:], dim=0)
-    return _directions(
-        base, Triplets(left, found.values, right), found.left[:p].clone(), beyond, count
-    )
+    return _directions(base, Triplets(left, found.values, right), found.left[:p], beyond, count)
 
 
 def dense_directions(base: BaseSVD, tuned: torch.Tensor, count: int) -> TunedDirections:
@@ -127,15 +122,13 @@ def _whole_groups(leading: Callable[[int], Triplets], count: int, shape: Sequenc
     wanted = min(count + _BEYOND, most)
     while True:
         found = leading(wanted)
-        values = found.values
-        gaps = (-values.diff() > EQUAL * values[0]).nonzero().flatten() + 1
-        ends = [end for end in gaps.tolist() if end >= count]
+        ends = [end for end in steps_down(found.values) if end >= count]
         if ends or wanted == most:
             break
         wanted = min(2 * wanted, most)
     cut = ends[0] if ends else wanted
-    cut = min(cut, int((values > EQUAL * values[0]).sum()))
-    return Triplets(found.left[:, :cut], values[:cut], found.right[:, :cut])
+    cut = min(cut, int((found.values > EQUAL * found.values[:1]).sum()))
+    return Triplets(found.left[:, :cut], found.values[:cut], found.right[:, :cut])
 
 
 def _directions(
@@ -150,17 +143,18 @@ def _directions(
     Args:
         coordinates: (p, L') in the base's basis; beyond: (L',) norms of what that does not span.
     """
-    groups = equal_groups(base.values)
-    null = base.values <= EQUAL * base.values[:1]
-    left, right = found.left.clone(), found.right.clone()
-    for start, stop in _runs(found.values):
-        if stop - start > 1:
-            turn = _towards_base(coordinates[:, start:stop], groups, null)
-            for columns in (coordinates, left, right):
-                columns[:, start:stop] = columns[:, start:stop] @ turn
-            beyond[start:stop] = _norms_after(beyond[start:stop], coordinates[:, start:stop])
-    similarity, nearest = _similarity(coordinates, groups, null)
-    outside = torch.sqrt(beyond**2 + (coordinates[null] ** 2).sum(0)).clamp(max=1.0)
+    left, right = found.left, found.right
+    groups = repeated(found.values)
+    if groups:
+        left, right, coordinates, beyond = (x.clone() for x in (left, right, coordinates, beyond))
+    for start, stop in groups:
+        turn = _towards_base(coordinates[:, start:stop], base)
+        for columns in (coordinates, left, right):
+            columns[:, start:stop] = columns[:, start:stop] @ turn
+        beyond[start:stop] = _norms_after(beyond[start:stop], coordinates[:, start:stop])
+    similarity, nearest = _similarity(coordinates, base)
+    unreached = torch.linalg.vector_norm(coordinates[base.rank :], dim=0)
+    outside = torch.hypot(beyond, unreached).clamp(max=1.0)
     kept = slice(0, min(count, len(found.values)))
     return TunedDirections(
         values=found.values[kept],
@@ -180,40 +174,19 @@ def _norms_after(beyond: torch.Tensor, coordinates: torch.Tensor) -> torch.Tenso
     return torch.sqrt((1 - (coordinates**2).sum(0)).clamp(min=0.0))
 
 
-def equal_groups(values: torch.Tensor) -> torch.Tensor:
-    """(p,) the number of the group of equal values that each one belongs to; values descending."""
-    if not len(values):
-        return torch.zeros(0, dtype=torch.int64, device=values.device)
-    apart = (-values.diff() > EQUAL * values[0]).long()
-    return torch.cat([apart.new_zeros(1), apart.cumsum(0)])
-
-
-def _runs(values: torch.Tensor) -> list[tuple[int, int]]:
-    """(start, stop) of every group of equal values."""
-    sizes = equal_groups(values).bincount().tolist() if len(values) else []
-    stops = torch.tensor(sizes).cumsum(0).tolist()
-    return [(stop - size, stop) for size, stop in zip(sizes, stops, strict=True)]
-
-
-def _similarity(
-    coordinates: torch.Tensor, groups: torch.Tensor, null: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _similarity(coordinates: torch.Tensor, base: BaseSVD) -> tuple[torch.Tensor, torch.Tensor]:
     """max over the base's groups of ‖coordinates within the group‖, and the group's first index."""
-    columns = coordinates.shape[1]
-    if not len(groups):
-        zeros = coordinates.new_zeros(columns)
+    if not base.rank:
+        zeros = coordinates.new_zeros(coordinates.shape[1])
         return zeros, zeros.long()
-    squares = torch.where(null[:, None], 0.0, coordinates**2)
-    sums = squares.new_zeros(int(groups[-1]) + 1, columns)
-    sums.index_add_(0, groups, squares)
-    best, group = sums.max(0)
-    first = torch.searchsorted(groups, group)
+    squares = coordinates[: base.rank] ** 2
+    for start, stop in base.repeated:
+        squares[start] = squares[start:stop].sum(0)
+    best, first = squares.max(0)
     return best.sqrt().clamp(max=1.0), first
 
 
-def _towards_base(
-    coordinates: torch.Tensor, groups: torch.Tensor, null: torch.Tensor
-) -> torch.Tensor:
+def _towards_base(coordinates: torch.Tensor, base: BaseSVD) -> torch.Tensor:
     """The basis of a tuned space (coordinates (p, c)) that lies nearest to the base's directions.
 
     Greedily: the vector of the space with the largest cosine to any base direction, then the same
@@ -223,8 +196,7 @@ def _towards_base(
     left_over = torch.eye(size, dtype=torch.float64, device=coordinates.device)
     chosen: list[torch.Tensor] = []
     while left_over.shape[1] > 1:
-        rest = torch.where(null[:, None], 0.0, coordinates @ left_over)
-        weight, vector = _nearest_vector(rest, groups)
+        weight, vector = _nearest_vector(coordinates[: base.rank] @ left_over, base.repeated)
         if weight == 0:
             break
         chosen.append(left_over @ vector[:, None])
@@ -233,16 +205,18 @@ def _towards_base(
     return torch.cat([*chosen, left_over], 1)
 
 
-def _nearest_vector(rest: torch.Tensor, groups: torch.Tensor) -> tuple[float, torch.Tensor]:
-    """max over groups g of ‖rest[g]‖_2, and the right singular vector that attains it."""
-    counts = groups.bincount()
-    single = counts[groups] == 1
-    norms = torch.where(single, torch.linalg.vector_norm(rest, dim=1), 0.0)
+def _nearest_vector(
+    rest: torch.Tensor, groups: Sequence[tuple[int, int]]
+) -> tuple[float, torch.Tensor]:
+    """max over rows and groups of rows g of ‖rest[g]‖_2, and the right singular vector of it."""
+    if not len(rest):
+        return 0.0, rest.new_zeros(rest.shape[1])
+    norms = torch.linalg.vector_norm(rest, dim=1)
     row = int(norms.argmax())
     best = float(norms[row])
     vector = rest[row] / best if best else rest[row]
-    for group in (counts > 1).nonzero().flatten():
-        values, right = torch.linalg.svd(rest[groups == group], full_matrices=False)[1:]
+    for start, stop in groups:
+        values, right = torch.linalg.svd(rest[start:stop], full_matrices=False)[1:]
         if float(values[0]) > best:
             best, vector = float(values[0]), right[0]
     return best, vector

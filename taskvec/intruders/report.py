@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from taskvec.intruders.analysis import MatrixFindings, Settings
-from taskvec.intruders.directions import EQUAL
+from taskvec.intruders.basesvd import EQUAL
 from taskvec.intruders.tuned import Tuned
 
 Document = dict[str, Any]
