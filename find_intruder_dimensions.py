@@ -282,12 +282,12 @@ def _write_scaled(
 ) -> None:
     from taskvec.intruders.scaled import write_scaled_model
 
-    directions = {
-        matrix.name: (version.directions, bool(matrix.base["stored_transposed"]))
+    intruders = {
+        matrix.name: (triplets, bool(matrix.base["stored_transposed"]))
         for matrix in found
-        if (version := matrix.versions[one.label]).directions is not None
+        if (triplets := matrix.versions[one.label].intruders) is not None
     }
-    write_scaled_model(one, directions, factor, target, precision, device)
+    write_scaled_model(one, intruders, factor, target, precision, device)
 
 
 def print_result(result: IntruderResult) -> None:

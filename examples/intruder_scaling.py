@@ -46,10 +46,8 @@ class TunedMatrix:
     def scaled(self, arm: str, scale: float) -> torch.Tensor:
         if arm == UPDATE:
             return self.base + scale * (self.tuned - self.base)
-        columns, every = self.chosen[arm], slice(None)
-        if not columns:
-            return self.tuned
-        return self.tuned + scaled_rows(self.directions, columns, scale, every, transposed=False)
+        triplets = self.directions.triplets(self.chosen[arm])
+        return self.tuned + scaled_rows(triplets, scale, slice(None), transposed=False)
 
     def square_norm(self, arm: str) -> float:
         """Of what is scaled: sum of sigma^2, or ‖W - W_0‖^2."""

@@ -21,6 +21,7 @@ def way(request, monkeypatch):
     whole, gram = WAYS[request.param]
     monkeypatch.setattr(module, "_WHOLE", whole)
     monkeypatch.setattr(module, "_GRAM", gram)
+    monkeypatch.setattr(module, "_SMALL", 0)
     monkeypatch.setattr(module, "_SINGLE", 100)
     return request.param
 
@@ -107,7 +108,7 @@ def test_values_that_are_equal_to_rounding_are_compared_as_spaces(way, gap):
     equal = np.abs(sigma - 4.0) < 1e-8
     assert equal.sum() == 6
     np.testing.assert_allclose(found.values, sigma[:14], rtol=1e-12)
-    group = found.left.numpy()[:, equal[:14]]
+    group = found.triplets(np.flatnonzero(equal[:14])).left.numpy()
     overlap = np.linalg.svd(Y[:, equal].T @ group, compute_uv=False)
     np.testing.assert_allclose(overlap, 1, atol=1e-9)  # the same space
     np.testing.assert_allclose(found.similarity[equal[:14]], 1, atol=1e-9)
@@ -121,7 +122,7 @@ def test_a_repeated_value_that_the_count_cuts_comes_whole(way):
     W, U, _ = with_values(150, 150, np.concatenate([np.full(30, 3.0), np.linspace(1, 0.1, 120)]))
     found = directions(W, np.zeros((150, 1)), np.zeros((1, 150)))
     np.testing.assert_allclose(found.similarity, 1, atol=1e-9)
-    inside = np.linalg.norm(U[:, :30].T @ found.left.numpy(), axis=0)
+    inside = np.linalg.norm(U[:, :30].T @ found.triplets(range(10)).left.numpy(), axis=0)
     np.testing.assert_allclose(inside, 1, atol=1e-9)
 
 
@@ -219,4 +220,6 @@ def test_factors_that_repeat_themselves_have_the_rank_of_their_product():
 def test_the_same_input_gives_the_same_bits(way):
     W, (B, A) = random(150, 150), factors(150, 150, 4)
     once, again = directions(W, B, A), directions(W, B, A)
-    assert torch.equal(once.left, again.left) and torch.equal(once.similarity, again.similarity)
+    assert torch.equal(once.coordinates, again.coordinates) and torch.equal(
+        once.similarity, again.similarity
+    )

@@ -63,8 +63,10 @@ def test_both_routes_give_what_two_dense_svds_give(krylov, m, n, r, strength):
     ):
         np.testing.assert_allclose(found.similarity, expected, atol=1e-9)
         np.testing.assert_allclose(found.values, S[:10], rtol=1e-12)
-        np.testing.assert_allclose(np.abs((found.left.numpy() * U[:, :10]).sum(0)), 1, atol=1e-10)
-        np.testing.assert_allclose(np.abs((found.right.numpy() * Vt[:10].T).sum(0)), 1, atol=1e-10)
+        triplets = found.triplets(range(10))
+        for vectors, expected_ones in ((triplets.left, U[:, :10]), (triplets.right, Vt[:10].T)):
+            cosines = np.abs((vectors.numpy() * expected_ones).sum(0))
+            np.testing.assert_allclose(cosines, 1, atol=1e-10)
         for epsilon in (0.2, 0.5, 0.6, 0.9):
             verdict = [j for j in range(10) if expected[j] < epsilon]
             assert found.intruders(epsilon, 10) == verdict
@@ -121,7 +123,7 @@ def test_repeated_base_values_are_compared_as_a_space():
     found = dense_directions(base_svd(tensor(W)), tensor(T), 1)
     assert float(found.similarity[0]) == pytest.approx(1, abs=1e-9)
     # Basis by basis it need not: in the planted one its cosine is 1/sqrt(5) with each.
-    assert np.abs(U.T @ found.left.numpy()[:, 0]).max() < 0.46
+    assert np.abs(U.T @ found.triplets([0]).left.numpy()).max() < 0.46
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -141,7 +143,7 @@ def test_repeated_tuned_values_do_not_depend_on_the_basis(seed):
     assert found.intruders(0.5, 3) == [2]
     np.testing.assert_allclose(found.similarity[:2], 1, atol=1e-9)
     assert float(found.similarity[2]) == pytest.approx(200**-0.5, abs=1e-9)
-    overlap = found.left.numpy().T @ space
+    overlap = found.triplets(range(3)).left.numpy().T @ space
     np.testing.assert_allclose(overlap @ overlap.T, np.eye(3), atol=1e-9)  # the same space
 
 
@@ -231,7 +233,7 @@ def test_scaling_intruders_scales_their_singular_values_alone(transposed, factor
     found = low_rank_directions(base_svd(tensor(W)), tensor(B), tensor(A), 3.0, 10)
     chosen = [0, 1]
     rows = slice(5, 40)
-    part = scaled_rows(found, chosen, factor, rows, transposed=transposed).numpy()
+    part = scaled_rows(found.triplets(chosen), factor, rows, transposed=transposed).numpy()
     U, S, Vt = np.linalg.svd(T, full_matrices=False)
     S[chosen] *= factor
     expected = U * S @ Vt - T

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,11 +13,11 @@ from taskvec.checkpoint import Checkpoint
 from taskvec.cli import UserError
 from taskvec.intruders.basesvd import BaseSVD, SvdCache
 from taskvec.intruders.directions import (
-    TunedDirections,
     dense_directions,
     low_rank_directions,
     similarity_picture,
 )
+from taskvec.intruders.leading import Triplets
 from taskvec.intruders.tuned import Tuned, is_stored_transposed
 
 
@@ -43,12 +43,12 @@ class Finding:
     Attributes:
         entry: what the JSON document says of it.
         picture: |cos(x_i, y_j)| of the leading vectors; None where the matrix has not changed.
-        directions: its intruders' triplets at the first epsilon; None where there are none.
+        intruders: their triplets at the first epsilon; None where there are none.
     """
 
     entry: dict[str, Any]
     picture: torch.Tensor | None = None
-    directions: TunedDirections | None = None
+    intruders: Triplets | None = None
 
 
 @dataclass(frozen=True)
@@ -140,22 +140,7 @@ def _finding(
         "outside": found.outside.tolist(),
     }
     picture = similarity_picture(found, settings.leading).float().cpu()
-    return Finding(entry, picture, _only(found, chosen) if chosen else None)
-
-
-def _only(found: TunedDirections, chosen: Sequence[int]) -> TunedDirections:
-    """The chosen triplets alone, without their coordinates."""
-    columns = torch.tensor(list(chosen), device=found.values.device)
-    return replace(
-        found,
-        values=found.values[columns],
-        coordinates=found.coordinates[:, :0],
-        similarity=found.similarity[columns],
-        nearest=found.nearest[columns],
-        outside=found.outside[columns],
-        left=found.left[:, columns],
-        right=found.right[:, columns],
-    )
+    return Finding(entry, picture, found.triplets(chosen) if chosen else None)
 
 
 def _base_entry(name: str, svd: BaseSVD, transposed: bool, settings: Settings) -> dict[str, Any]:

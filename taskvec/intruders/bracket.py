@@ -15,10 +15,10 @@ from taskvec.intruders.leading import RESIDUAL, Triplets, new_directions
 
 # LAPACK's SVD of the whole up to this many rows or columns for each triplet wanted.
 _WHOLE = 4
-# Up to 8 for each triplet and each rank, from _LARGE on up to 4, the eigenvectors of the smaller
+# Up to 5 for each triplet and each rank, and up to 160 in any case, the eigenvectors of the smaller
 # Gram matrix are the guess: they take less than the rounds without them. In float32 from _SINGLE
 # on, where that saves more than the rounds that it costs.
-_GRAM, _GRAM_LARGE, _LARGE, _SINGLE = 8, 4, 640, 320
+_GRAM, _SMALL, _SINGLE = 5, 160, 320
 _HEAD, _UPDATE = 2, 64  # of the start: coordinates for each triplet, directions of the update
 _WIDTH, _ROUNDS = 10, 40  # columns for each triplet before a restart; rounds before LAPACK
 _NEAR = 1e-3  # of sigma^2: a value as near as that is taken to be so far
@@ -133,8 +133,7 @@ def bracket_triplets(matrix: Bracket, count: int) -> Triplets:
         return Triplets(found.right, found.values, found.left)
     if n <= _WHOLE * count:
         return _whole(matrix, count)
-    share = _GRAM if n < _LARGE else _GRAM_LARGE
-    if n <= share * (count + matrix.near.shape[1]):
+    if n <= max(_GRAM * (count + matrix.near.shape[1]), _SMALL):
         guess = _gram_guess(matrix, count)
     else:
         matrix = _strongest_first(matrix)

@@ -34,6 +34,20 @@ _BEYOND = 4  # triplets beyond those wanted, to see where a group of equal ones 
 
 
 @dataclass(frozen=True)
+class Span:
+    """An orthonormal basis: the base's own vectors (d, p), and what they lack (d, e)."""
+
+    base: torch.Tensor
+    more: torch.Tensor
+
+    def vectors(self, coordinates: torch.Tensor) -> torch.Tensor:
+        """(d, c) of coordinates (p + e, c)."""
+        p = self.base.shape[1]
+        found: torch.Tensor = self.base @ coordinates[:p] + self.more @ coordinates[p:]
+        return found
+
+
+@dataclass(frozen=True)
 class TunedDirections:
     """The first L singular triplets of a tuned matrix, seen from its base.
 
@@ -43,7 +57,8 @@ class TunedDirections:
         similarity: (L,) max_i |cos(y_j, x_i)|, as the module's text defines it.
         nearest: (L,) the i, counted from 0, at which it is attained; the first of equal ones.
         outside: (L,) ‖part of y_j where the base does nothing‖.
-        left: (m, L) y_j, and right: (n, L), the right singular vectors.
+        found: the triplets in the coordinates of ``spans``; as they are where that is None.
+        spans: of the outputs and of the inputs.
     """
 
     values: torch.Tensor
@@ -51,13 +66,21 @@ class TunedDirections:
     similarity: torch.Tensor
     nearest: torch.Tensor
     outside: torch.Tensor
-    left: torch.Tensor
-    right: torch.Tensor
+    found: Triplets
+    spans: tuple[Span, Span] | None = None
 
     def intruders(self, epsilon: float, top_k: int) -> list[int]:
         """Which of the first ``top_k`` are intruders, counted from 0."""
         below = self.similarity[:top_k] < epsilon
         return [int(j) for j in torch.nonzero(below).flatten()]
+
+    def triplets(self, chosen: Sequence[int]) -> Triplets:
+        """Some of them, counted from 0: y_j (m, c), sigma_j (c,) and the right vectors (n, c)."""
+        columns = torch.tensor(list(chosen), dtype=torch.int64, device=self.values.device)
+        left, right = self.found.left[:, columns], self.found.right[:, columns]
+        if self.spans is not None:
+            left, right = self.spans[0].vectors(left), self.spans[1].vectors(right)
+        return Triplets(left, self.values[columns], right)
 
 
 def low_rank_directions(
@@ -75,15 +98,13 @@ def low_rank_directions(
         scaling: s.
         count: L.
     """
-    more_left, into_left = _coordinates_of(base.left, B * scaling)
-    more_right, into_right = _coordinates_of(base.right, A.T)
-    p = len(base.values)
-    matrix = Bracket(base.values, into_left, into_right)
+    outputs, near = _coordinates_of(base.left, B * scaling)
+    inputs, far = _coordinates_of(base.right, A.T)
+    matrix = Bracket(base.values, near, far)
     found = _whole_groups(lambda wanted: bracket_triplets(matrix, wanted), count, matrix.shape)
-    left = base.left @ found.left[:p] + more_left @ found.left[p:]
-    right = base.right @ found.right[:p] + more_right @ found.right[p:]
-    beyond = torch.linalg.vector_norm(found.left[p:], dim=0)
-    return _directions(base, Triplets(left, found.values, right), found.left[:p], beyond, count)
+    inside, rest = found.left[: len(base.values)], found.left[len(base.values) :]
+    beyond = torch.linalg.vector_norm(rest, dim=0)
+    return _directions(base, found, inside, beyond, count, (outputs, inputs))
 
 
 def dense_directions(base: BaseSVD, tuned: torch.Tensor, count: int) -> TunedDirections:
@@ -97,16 +118,14 @@ def dense_directions(base: BaseSVD, tuned: torch.Tensor, count: int) -> TunedDir
     return _directions(base, found, coordinates, torch.linalg.vector_norm(rest, dim=0), count)
 
 
-def _coordinates_of(
-    basis: torch.Tensor, columns: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a basis (d, p) lacks to span some columns (d, r), and their coordinates in both."""
+def _coordinates_of(basis: torch.Tensor, columns: torch.Tensor) -> tuple[Span, torch.Tensor]:
+    """A basis (d, p) with what it lacks to span some columns (d, r), and their coordinates."""
     inside = basis.T @ columns
     if basis.shape[0] == basis.shape[1]:
-        return basis[:, :0], inside
+        return Span(basis, basis[:, :0]), inside
     more, rest = torch.linalg.qr(columns - basis @ inside)
     more, again = torch.linalg.qr(more - basis @ (basis.T @ more))
-    return more, torch.cat([inside, again @ rest])
+    return Span(basis, more), torch.cat([inside, again @ rest])
 
 
 def _whole_groups(leading: Callable[[int], Triplets], count: int, shape: Sequence[int]) -> Triplets:
@@ -137,6 +156,7 @@ def _directions(
     coordinates: torch.Tensor,
     beyond: torch.Tensor,
     count: int,
+    spans: tuple[Span, Span] | None = None,
 ) -> TunedDirections:
     """Similarities, with the basis of every group of equal tuned values turned towards the base.
 
@@ -162,8 +182,8 @@ def _directions(
         similarity=similarity[kept],
         nearest=nearest[kept],
         outside=outside[kept],
-        left=left[:, kept],
-        right=right[:, kept],
+        found=Triplets(left[:, kept], found.values[kept], right[:, kept]),
+        spans=spans,
     )
 
 
@@ -228,14 +248,9 @@ def similarity_picture(directions: TunedDirections, size: int) -> torch.Tensor:
 
 
 def scaled_rows(
-    directions: TunedDirections,
-    chosen: Sequence[int],
-    factor: float,
-    rows: slice,
-    *,
-    transposed: bool,
+    triplets: Triplets, factor: float, rows: slice, *, transposed: bool
 ) -> torch.Tensor:
-    """Rows of (factor - 1) * sum_j sigma_j u_j v_j^T over the chosen triplets, float64.
+    """Rows of (factor - 1) * sum_j sigma_j u_j v_j^T over some triplets, float64.
 
     Added to the tuned matrix this scales its intruders (arXiv 2410.21228, the intervention on
     intruder dimensions).
@@ -244,10 +259,8 @@ def scaled_rows(
         rows: of the parameter as stored.
         transposed: the parameter is stored (in, out).
     """
-    left, right = directions.left, directions.right
+    left, right = triplets.left, triplets.right
     if transposed:
         left, right = right, left
-    columns = torch.tensor(list(chosen), device=left.device)
-    scaled = left[rows][:, columns] * ((factor - 1.0) * directions.values[columns])
-    product: torch.Tensor = scaled @ right[:, columns].T
+    product: torch.Tensor = (left[rows] * ((factor - 1.0) * triplets.values)) @ right.T
     return product

@@ -9,7 +9,8 @@ import torch
 
 from taskvec import cli
 from taskvec.checkpoint import Checkpoint, read_json_object
-from taskvec.intruders.directions import TunedDirections, scaled_rows
+from taskvec.intruders.directions import scaled_rows
+from taskvec.intruders.leading import Triplets
 from taskvec.intruders.tuned import Tuned
 from taskvec.modelwriter import RowFunction, write_model
 from taskvec.output import output_directory, write_json
@@ -18,7 +19,7 @@ from taskvec.rounding import FORMATS
 MANIFEST = "scaling_manifest.json"
 
 # By parameter: the triplets to scale, and whether it is stored (in, out).
-Chosen = Mapping[str, tuple[TunedDirections, bool]]
+Chosen = Mapping[str, tuple[Triplets, bool]]
 
 
 def write_scaled_model(
@@ -52,10 +53,9 @@ def write_scaled_model(
         def rows(base: torch.Tensor, first: int, last: int) -> torch.Tensor:
             new = tuned.rows(name, base, first, last, device)
             if name in chosen:
-                directions, transposed = chosen[name]
-                every = range(len(directions.values))
+                triplets, transposed = chosen[name]
                 part = slice(first, last)
-                new = new + scaled_rows(directions, every, factor, part, transposed=transposed)
+                new = new + scaled_rows(triplets, factor, part, transposed=transposed)
             return new.to(format.dtype).cpu()
 
         return rows
@@ -67,13 +67,13 @@ def write_scaled_model(
     ):
         write_model(start, partial, format, edit, max_shard_size=None, bar=bar)
         files = sorted([MANIFEST, *(path.name for path in partial.iterdir())])
-        triplets = {name: len(directions.values) for name, (directions, _) in chosen.items()}
+        numbers = {name: len(triplets.values) for name, (triplets, _) in chosen.items()}
         content = {
             "base": tuned.base.source,
             "version": tuned.source,
             "scale": factor,
             "precision": precision,
-            "scaled_triplets": triplets,
+            "scaled_triplets": numbers,
             "files": files,
         }
         write_json(partial / MANIFEST, content)
