@@ -19,7 +19,7 @@ _WHOLE = 4
 # Gram matrix are the guess: they take less than the rounds without them. In float32 from _SINGLE
 # on, where that saves more than the rounds that it costs.
 _GRAM, _SMALL, _SINGLE = 5, 160, 320
-_HEAD, _UPDATE = 2, 64  # of the start: coordinates for each triplet, directions of the update
+_HEAD, _UPDATE = 14, 64  # of the start: coordinates beyond those wanted, directions of the update
 _WIDTH, _ROUNDS = 10, 40  # columns for each triplet before a restart; rounds before LAPACK
 _NEAR = 1e-3  # of sigma^2: a value as near as that is taken to be so far
 _CHECKED, _GAP = 4, 1e-9  # gaps among the last triplets that the count is made in; of sigma_1
@@ -180,7 +180,7 @@ def _diagonal_guess(matrix: Bracket, count: int) -> _Guess:
     p, n = len(matrix.diagonal), len(matrix.far)
     squares = torch.zeros(n, 1, dtype=torch.float64, device=matrix.far.device)
     squares[:p, 0] = matrix.diagonal**2
-    head = _HEAD * count
+    head = count + _HEAD
     images = squares[:p].sqrt() * matrix.near[:p]
     update = torch.cat([matrix.far[:p], images], 1)
     columns = min(head + min(update.shape[1], _UPDATE), n // 2)
@@ -203,7 +203,7 @@ def _rounds(matrix: Bracket, guess: _Guess, count: int) -> Triplets | None:
         if not bool(far.any()):
             return Triplets(left, values, right)
         worst = float(sizes.max())
-        if not exact and (worst <= 10 * RESIDUAL * float(values[0]) or worst > 0.5 * last):
+        if not exact and worst > 0.5 * last:
             exact = True  # the same space again, to the last digit
             continue
         last = worst
