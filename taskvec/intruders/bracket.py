@@ -81,16 +81,15 @@ class _Guess:
     squares: torch.Tensor
     vectors: torch.Tensor | None = None
 
-    def tells_apart(self, values: torch.Tensor) -> bool:
-        """Whether eigenvectors of the whole, in the precision of V, can have missed none of these.
+    def number_above(self, value: float, largest: float) -> int | None:
+        """How many singular values can be ``value`` or more; None where the guess cannot tell.
 
-        Squares have an error of some epsilons sigma_1^2, their roots one of as many sigma_1^2 /
-        sigma.
+        Eigenvalues of the whole are wrong by at most n epsilons of the largest.
         """
         if self.vectors is None:
-            return False
-        error = 100 * torch.finfo(self.vectors.dtype).eps
-        return error * float(values[0]) <= _GAP * float(values[-1])
+            return None
+        error = len(self.squares) * torch.finfo(self.vectors.dtype).eps * largest**2
+        return int((self.squares >= value**2 - error).sum())
 
     def corrections(self, residuals: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """(1 - V diag(squares) V^T / sigma^2)^-1 times residuals (n, b) of length 1.
@@ -119,10 +118,10 @@ def bracket_triplets(matrix: Bracket, count: int) -> Triplets:
     sigma_1, as in `leading.leading_triplets`. The guess is S^2, and where the matrix is small, or
     the rank not, the Gram matrix in few digits.
 
-    That no triplet was passed over is then counted (`_number_above`), where the guess cannot tell,
-    up to the widest gap among the last few: whoever needs k certain ones asks for four more. A very
-    small matrix, one that does not converge and one whose count is wrong is left to LAPACK. The
-    same input gives the same bits.
+    That no triplet was passed over is then counted, by the guess or else by `_number_above`, up to
+    the widest gap among the last few: whoever needs k certain ones asks for four more. A very small
+    matrix, one that does not converge and one whose count is wrong is left to LAPACK. The same
+    input gives the same bits.
 
     Args:
         count: at most min(m, n).
@@ -139,10 +138,9 @@ def bracket_triplets(matrix: Bracket, count: int) -> Triplets:
         matrix = _strongest_first(matrix)
         guess = _diagonal_guess(matrix, count)
     result = _rounds(matrix, guess, count)
-    if result is None:
+    if result is None or not _none_is_missing(matrix, guess, result.values):
         return _whole(matrix, count)
-    certain = guess.tells_apart(result.values) or _none_is_missing(matrix, result.values)
-    return result if certain else _whole(matrix, count)
+    return result
 
 
 def _strongest_first(matrix: Bracket) -> Bracket:
@@ -240,19 +238,22 @@ def _best(
     return best / torch.where(values > 0, values, 1.0), values, turn
 
 
-def _none_is_missing(matrix: Bracket, values: torch.Tensor) -> bool:
+def _none_is_missing(matrix: Bracket, guess: _Guess, values: torch.Tensor) -> bool:
     """Whether M has as many singular values above a gap among the last few as were found.
 
     Where the last are all equal there is nothing to count between; whoever needs the end of such a
     group asks for more.
     """
-    last = values[-_CHECKED - 1 :]
-    gaps = -last.diff()
-    widest = int(gaps.argmax()) if len(gaps) else 0
-    if not len(gaps) or float(gaps[widest]) <= _GAP * float(values[0]):
+    listed: list[float] = values.tolist()
+    first = max(1, len(listed) - _CHECKED)
+    gaps = [(listed[i - 1] - listed[i], i) for i in range(first, len(listed))]
+    widest, found = max(gaps, default=(0.0, 0))
+    if widest <= _GAP * listed[0]:
         return True
-    above, below = float(last[widest]), float(last[widest + 1])
-    return _number_above(matrix, below, above) == len(values) - len(last) + widest + 1
+    above, below = listed[found - 1], listed[found]
+    return guess.number_above(above, listed[0]) == found or (
+        _number_above(matrix, below, above) == found
+    )
 
 
 def _number_above(matrix: Bracket, below: float, above: float) -> int:
