@@ -234,12 +234,20 @@ def _check_alike(
     if found.shape != wanted.shape:
         raise UserError(
             f"{name}: {found.shape} in {other.source}, but {wanted.shape} in {base.source}"
+            + (resizing(found.shape, wanted.shape, "; resize the base and save it first"))
         )
     if found.is_float != wanted.is_float:
         raise UserError(
             f"{name}: {found.dtype} in {other.source}, but {wanted.dtype} in {base.source}; only "
             "float tensors can be subtracted"
         )
+
+
+def resizing(wanted: tuple[int, ...], found: tuple[int, ...], before: str = "") -> str:
+    """How a base gets the vocabulary of these rows, for a message; nothing if it is not that."""
+    if len(wanted) != 2 or wanted[1:] != found[1:]:
+        return ""
+    return f"{before} (resize_token_embeddings({wanted[0]}), save_pretrained())"
 
 
 def _is_buffer(info: TensorInfo) -> bool:

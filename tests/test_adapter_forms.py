@@ -255,13 +255,90 @@ def test_an_embedding_saved_along_takes_the_place_of_the_bases(tiny, llama, copi
     assert certificate_of(llama, adapter, tmp_path / "m", tmp_path / "c")["verdict"] == "exact"
 
 
-def test_a_resized_embedding_is_refused_with_what_to_do(llama, copied, tmp_path):
-    model = load(llama)
+# What PEFT saves along after a change of the vocabulary, and whether a tied pair stays one.
+RESIZED: dict[str, tuple[str, dict[str, Any], bool]] = {
+    "LoRA elsewhere": ("llama", {}, False),
+    "both saved": ("llama", {"modules_to_save": ["embed_tokens", "lm_head"]}, False),
+    "new tokens": ("llama", {"trainable_token_indices": [96, 97, 98, 99]}, False),
+    "tied, LoRA elsewhere": ("starcoder2", {}, True),
+    "tied, both saved": ("starcoder2", {"modules_to_save": ["embed_tokens", "lm_head"]}, False),
+    "tied, new tokens": ("starcoder2", {"trainable_token_indices": [96, 97, 98, 99]}, True),
+    "tied, new tokens by module": (
+        "starcoder2",
+        {"trainable_token_indices": {"embed_tokens": [96, 97, 98, 99]}},
+        True,
+    ),
+}
+
+
+def with_100_rows(base, directory, seed):
+    """A base with four rows more than its 96; a seed decides what is in them."""
+    model = load(base)
+    torch.manual_seed(seed)
     model.resize_token_embeddings(100)
-    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
-    adapted.save_pretrained(tmp_path / "a", save_embedding_layers=True)
-    with pytest.raises(UserError, match=r"is \(100, 32\), but .* \(96, 32\); resize the base as"):
-        merge(llama, tmp_path / "a", tmp_path / "m")
+    model.save_pretrained(directory)
+    return directory
+
+
+def adapter_with_100_rows(base, directory, **config):
+    """Trained on the base with four rows more, without saying so in its configuration."""
+    model = load(base)
+    torch.manual_seed(1)
+    model.resize_token_embeddings(100)
+    fields = {"r": 2, "target_modules": ["q_proj"], "init_lora_weights": False, **config}
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **fields))
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    adapted.save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize("case", RESIZED)
+def test_an_adapter_with_a_changed_vocabulary_goes_on_a_base_that_was_resized(tiny, tmp_path, case):
+    """PEFT writes trained tensors twice then, and what they stand in for: all of it is known."""
+    family, config, stays_tied = RESIZED[case]
+    base = tiny.base(family)
+    adapter = adapter_with_100_rows(base, tmp_path / "a", **config)
+    resized = with_100_rows(base, tmp_path / "b", seed=2)  # other new rows: the adapter has them
+    merge(resized, adapter, tmp_path / "m")
+    peft_merge(resized, adapter, torch.float32).save_pretrained(tmp_path / "p")
+    found, expected = weights(tmp_path / "m"), weights(tmp_path / "p")
+    assert found["model.embed_tokens.weight"].shape == (100, 32)
+    assert ("lm_head.weight" in found) != stays_tied
+    assert_same_bits(found, expected)
+    verdict = certificate_of(resized, adapter, tmp_path / "p", tmp_path / "c")["verdict"]
+    assert verdict == "exact"
+
+
+@pytest.mark.parametrize("case", RESIZED)
+def test_on_the_base_from_before_it_is_refused_with_what_to_do(tiny, tmp_path, case):
+    family, config, _ = RESIZED[case]
+    base = tiny.base(family)
+    adapter = adapter_with_100_rows(base, tmp_path / "a", **config)
+    with pytest.raises(UserError, match=r"; resize the base as it was for training and save it"):
+        merge(base, adapter, tmp_path / "m")
+
+
+def test_two_names_for_one_tensor_must_have_one_value(llama, tmp_path):
+    config = {"modules_to_save": ["embed_tokens", "lm_head"]}
+    adapter = adapter_with_100_rows(llama, tmp_path / "a", **config)
+
+    def change(tensors):
+        tensors["base_model.model.lm_head.modules_to_save.weight"][3, 4] += 1
+
+    edit_tensors(adapter / WEIGHTS, change)
+    resized = with_100_rows(llama, tmp_path / "b", seed=1)
+    with pytest.raises(UserError, match=r"lm_head\.weight and .* are the same thing"):
+        merge(resized, adapter, tmp_path / "m")
+
+
+def test_new_rows_that_the_adapter_does_not_replace_must_be_the_bases(tiny, llama, tmp_path):
+    adapter = adapter_with_100_rows(llama, tmp_path / "a", trainable_token_indices=[96, 97])
+    resized = with_100_rows(llama, tmp_path / "b", seed=2)
+    with pytest.raises(UserError, match="use the base that the adapter was trained on"):
+        merge(resized, adapter, tmp_path / "m")
 
 
 def test_whole_tensors_that_the_configuration_does_not_name_are_refused(
