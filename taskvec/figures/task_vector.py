@@ -318,7 +318,7 @@ def change_norms(document: dict[str, Any], path: Path) -> Figure:
     axes.set_ylim(*limits)
     label_log_axis(axes.yaxis, limits, 8)
     axes.set_xlim(0.5 - 0.02 * len(changed), len(changed) * 1.02 + 0.5)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(axis="y")
     axes.set_xlabel("parameters that changed, the largest change first")
     axes.set_ylabel("root mean square of T (log)")
