@@ -260,12 +260,20 @@ def run(
                 stream.reconfigure(errors="replace")
         args = parse_args(build_parser(), argv)
         import_torch()
+        if not shared and processes.started() > 1:
+            if not processes.is_first():
+                return EXIT_OK
+            notice(
+                f"A launcher started this {processes.started()} times. It is the work of one "
+                "process, and the first does it."
+            )
         if shared:
             processes.join()
             if processes.started_one_of_several():
                 notice(
                     "The launcher started one process, which does all the work. Without several "
-                    "GPUs, accelerate launch starts more with --multi_gpu."
+                    "GPUs, accelerate launch starts more with --multi_gpu (and without --cpu), or "
+                    "torchrun with --nproc_per_node."
                 )
         return body(args)
     except UserError as error:
