@@ -75,9 +75,9 @@ def test_the_costliest_items_are_dealt_first_each_to_the_one_with_least_to_do():
 def test_what_is_one_process_s_work_is_done_by_the_first_alone(tmp_path):
     """They would find that another run is writing their output."""
     example = ROOT / "examples" / "starcoder2-mini"
-    command = ("quick_precision_test.py", "--base_model", str(example), "--device", "cpu")
-    command += ("--lora_path", f"{example}-lora", "--output_dir", str(tmp_path / "p"))
-    (status, out, err), other = end(start(2, str(ROOT / command[0]), *command[1:], cwd=tmp_path))
+    command = [str(ROOT / "quick_precision_test.py"), "--base_model", str(example)]
+    command += ["--lora_path", f"{example}-lora", "--output_dir", str(tmp_path / "p")]
+    (status, out, err), other = end(start(2, *command, cwd=tmp_path))
     assert other == (0, "", "")
     assert status == 0 and "120/483" in out and (tmp_path / "p").is_dir()
     assert "A launcher started this 2 times. It is the work of one process" in err
