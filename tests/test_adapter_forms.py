@@ -174,7 +174,9 @@ def test_a_second_adapter_that_replaces_or_rescales_what_the_first_changed_is_re
     second = tiny.adapter(llama, target_modules=["k_proj"], modules_to_save=["q_proj"])
     dora = tiny.adapter(llama, use_dora=True)
     for adapter, verb in ((second, "replaces"), (dora, r"rescales \(DoRA\)")):
-        with pytest.raises(UserError, match=rf"{verb} model\.layers.*; merge the first adapter"):
+        with pytest.raises(
+            UserError, match=rf"{verb} model\.layers.*; if the second was trained on"
+        ):
             merge(llama, [str(llama_lora), str(adapter)], tmp_path / "m")
 
 
@@ -350,3 +352,20 @@ def test_whole_tensors_that_the_configuration_does_not_name_are_refused(
         UserError, match=r"neither modules_to_save nor bias of adapter_config\.json"
     ):
         merge(llama, adapter, tmp_path / "m")
+
+
+def test_a_fine_tuned_model_with_more_tokens_says_how_to_resize_the_base(llama, tmp_path):
+    tuned = with_100_rows(llama, tmp_path / "tuned", seed=1)
+    with pytest.raises(UserError, match=r"\(100, 32\) in .*; resize .*embeddings\(100\), save_pre"):
+        extract(str(llama), str(tuned), tmp_path / "t")
+    resized = with_100_rows(llama, tmp_path / "base", seed=1)
+    assert extract(str(resized), str(tuned), tmp_path / "t").nonzero_parameters == 0
+
+
+def test_only_embeddings_and_heads_are_a_matter_of_the_vocabulary(llama, copied, tmp_path):
+    other = copied(llama)
+    key = "model.layers.0.self_attn.k_proj.weight"
+    edit_tensors(other / "model.safetensors", lambda t: t.update({key: torch.ones(32, 32)}))
+    with pytest.raises(UserError) as refusal:
+        extract(str(llama), str(other), tmp_path / "t")
+    assert key in str(refusal.value) and "resize" not in str(refusal.value)

@@ -250,7 +250,7 @@ class _Binding:
             raise UserError(
                 f"{info.path}: {info.name} is {info.shape}, but {name} in {self.base.source} is "
                 f"{found.shape}; resize the base as it was for training and save it first"
-                + resizing(info.shape, found.shape)
+                + resizing(name, info.shape, found.shape)
             )
         part = ReplacementPart(self.file, info)
         if ".base_layer." in info.name and name in self.parts:
