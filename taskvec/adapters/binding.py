@@ -254,13 +254,15 @@ class _Binding:
             )
         part = ReplacementPart(self.file, info)
         if ".base_layer." in info.name and name in self.parts:
-            # PEFT saves an adapted embedding's own weight too. It is the base's, but for the tokens
-            # that are replaced, or else LoRA goes on top of it.
+            # PEFT saves an adapted embedding's own weight too. It is the base's, or else what the
+            # adapter does goes on top of it.
             if self._same_values(name, info):
                 return
-            if any(
-                isinstance(o, TokensPart) or getattr(o, "magnitude", None) for o in self.parts[name]
-            ):
+            first = self.parts[name][0]
+            if isinstance(first, TokensPart):
+                self.parts[name] = [dataclasses.replace(part, tokens=first)]
+                return
+            if any(getattr(other, "magnitude", None) for other in self.parts[name]):
                 raise UserError(
                     f"{info.path}: {info.name} is not {name} of {self.base.source}; use the base "
                     "that the adapter was trained on"
