@@ -235,7 +235,17 @@ def parse_args(
         # A list of values ends where the next flag begins, not at a word of the command line.
         args = parser.parse_args([*command, *flags, f"--config={args.config}", *argv])
     _quiet = args.quiet
+    if _quiet:
+        _hush_libraries()
     return args
+
+
+def _hush_libraries() -> None:
+    """Remarks of matplotlib and transformers are no result lines either."""
+    import logging
+
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
 def run(
