@@ -320,6 +320,27 @@ def test_an_adapter_with_a_changed_vocabulary_goes_on_a_base_that_was_resized(ti
     assert verdict == "exact"
 
 
+@pytest.mark.parametrize("adapted", ["lm_head", "embed_tokens"])
+def test_both_of_a_pair_start_from_what_was_saved_of_one(tiny, tmp_path, adapted):
+    """PEFT saves the adapted one's weight alone, and loads it into the memory of both."""
+    base = tiny.base("starcoder2")
+    adapter = adapter_with_100_rows(base, tmp_path / "a", target_modules=[adapted])
+
+    def start(tensors):
+        key = next(key for key in tensors if key.endswith("base_layer.weight"))
+        tensors[key][96:] = 0.5
+
+    edit_tensors(adapter / WEIGHTS, start)
+    resized = with_100_rows(base, tmp_path / "b", seed=2)
+    merge(resized, adapter, tmp_path / "m")
+    tokens = torch.arange(90, 100)[None]
+    with torch.no_grad():
+        expected = PeftModel.from_pretrained(load(resized), adapter).eval()(tokens).logits
+        found = load(tmp_path / "m").eval()(tokens).logits
+    assert torch.allclose(found, expected, atol=1e-5 * float(expected.abs().max()), rtol=0)
+    assert certificate_of(resized, adapter, tmp_path / "m", tmp_path / "c")["verdict"] == "exact"
+
+
 def test_rows_that_are_trained_lie_in_whatever_block_is_read(llama, tmp_path):
     adapter = adapter_with_100_rows(llama, tmp_path / "a", trainable_token_indices=[3, 97])
     resized = with_100_rows(llama, tmp_path / "b", seed=2)

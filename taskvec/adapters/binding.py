@@ -253,11 +253,11 @@ class _Binding:
                 + resizing(name, info.shape, found.shape)
             )
         part = ReplacementPart(self.file, info)
+        # PEFT saves an adapted embedding's own weight too. It is the base's, or else what the
+        # adapter does goes on top of it.
+        if ".base_layer." in info.name and self._same_values(name, info):
+            return
         if ".base_layer." in info.name and name in self.parts:
-            # PEFT saves an adapted embedding's own weight too. It is the base's, or else what the
-            # adapter does goes on top of it.
-            if self._same_values(name, info):
-                return
             first = self.parts[name][0]
             if isinstance(first, TokensPart):
                 self.parts[name] = [dataclasses.replace(part, tokens=first)]
@@ -273,7 +273,8 @@ class _Binding:
 
     def _same_values(self, name: str, info: TensorInfo) -> bool:
         """Whether the base holds these values, but for the rows of tokens that are replaced."""
-        tokens = [token for part in self.parts[name] for token in getattr(part, "tokens", ())]
+        parts = self.parts.get(name, [])
+        tokens = [token for part in parts for token in getattr(part, "tokens", ())]
         kept = torch.ones(info.rows, dtype=torch.bool)
         kept[tokens] = False
         return all(

@@ -55,8 +55,8 @@ def settle_ties(
     for head in heads or ([_HEAD] if ours is not None and not both else []):
         if ours is not None and _is_copy(file, config, changed, whole, head, ours):
             _drop_twin(changed, whole, head, ours)
-        else:
-            untie(base, head)
+        elif untie(base, head):
+            _share_original(whole, head, ours or embedding)
 
 
 _Pairs = list[tuple[TensorInfo, TensorInfo | None]]
@@ -74,6 +74,13 @@ def _twins(
     if head in whole:
         pairs.append((whole[head], whole.get(embedding)))
     return pairs
+
+
+def _share_original(whole: dict[str, TensorInfo], head: str, embedding: str) -> None:
+    """What an adapted one of the pair was before, where it is saved along, the other was too."""
+    for name, other in ((head, embedding), (embedding, head)):
+        if name in whole and ".base_layer." in whole[name].name:
+            whole.setdefault(other, whole[name])
 
 
 def _is_copy(
