@@ -288,11 +288,6 @@ def _find_shards(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
         _refuse_gguf(path)
     raise UserError(
         f"{directory}: holds neither {SINGLE_FILE} nor {INDEX_FILE}, nor {_TORCH_FILE} or its index"
-        + (
-            "; it is a PEFT adapter, of which merge_lora.py and its base make a model"
-            if (directory / CONFIG_FILE).is_file()
-            else ""
-        )
     )
 
 

@@ -14,7 +14,6 @@ from typing import Protocol
 
 import torch
 
-from taskvec.adapters.files import CONFIG_FILE
 from taskvec.certificate import Block
 from taskvec.checkpoint import Checkpoint
 from taskvec.cli import UserError
@@ -229,9 +228,7 @@ def open_task_vector(path: Path) -> Iterator[StoredTaskVector]:
     """
     file = path / TASK_VECTOR_FILE if path.is_dir() else path
     if not file.is_file():
-        adapter = (path / CONFIG_FILE).is_file()
-        first = "it is an adapter: merge_lora.py makes a model of it, of which " if adapter else ""
-        raise UserError(f"{file}: no such task vector; {first}extract_task_vectors.py makes it")
+        raise UserError(f"{file}: no such task vector; extract_task_vectors.py makes it")
     with TensorFile(file) as tensors:
         for info in tensors.tensors.values():
             if not info.is_float:

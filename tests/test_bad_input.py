@@ -164,8 +164,7 @@ MERGE: dict[str, tuple[Any, str]] = {
     ),
     "adapter as base": (
         lambda w: w.merge(base_model=w.lora),
-        r"lora: holds neither model\.safetensors nor model\.safetensors\.index\.json.*; it is a "
-        r"PEFT adapter, of which merge_lora\.py",
+        r"lora: holds neither model\.safetensors nor model\.safetensors\.index\.json",
     ),
     "empty .bin base": (
         lambda w: w.merge(base_model=w.put("pickled/pytorch_model.bin").parent),
@@ -207,10 +206,6 @@ MERGE: dict[str, tuple[Any, str]] = {
     "adapter without config": (
         lambda w: (w.lora / "adapter_config.json").unlink() or w.merge(),
         r"lora: holds no adapter_config\.json, so its scaling is unknown",
-    ),
-    "model as adapter": (
-        lambda w: w.merge(lora_path=w.base),
-        r"base: holds no adapter_config\.json, .*; it is a model, of which .* to_lora makes",
     ),
     "adapter without weights": (
         lambda w: (w.lora / "adapter_model.safetensors").unlink() or w.merge(),

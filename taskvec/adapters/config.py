@@ -180,12 +180,11 @@ def load_config(path: Path) -> LoraConfig:
     """
     file = path / CONFIG_FILE
     if not file.is_file():
-        named, hint = ", ".join(named_adapters(path)), ""
-        if named:
-            hint = f"; there are adapters by name: --adapter_name {named}"
-        elif (path / "config.json").is_file():
-            hint = "; it is a model, of which analyze_task_vectors.py to_lora makes an adapter"
-        raise UserError(f"{path}: holds no {CONFIG_FILE}, so its scaling is unknown{hint}")
+        named = ", ".join(named_adapters(path))
+        raise UserError(
+            f"{path}: holds no {CONFIG_FILE}, so its scaling is unknown"
+            + (f"; there are adapters by name: --adapter_name {named}" if named else "")
+        )
     return LoraConfig(file, read_json_object(file))
 
 
