@@ -25,31 +25,12 @@ from taskvec import cli, processes
 
 if TYPE_CHECKING:  # torch is loaded only when there is work to do: --help stays fast
     from taskvec.behaviour import Agreement
+    from taskvec.reports.outcome import Judged
 
 EXAMPLES = Path(__file__).parent / "examples"
 EXAMPLE_BASE, EXAMPLE_LORA = EXAMPLES / "starcoder2-mini", EXAMPLES / "starcoder2-mini-lora"
 PRECISIONS = ("fp32", "fp16", "bf16")
-GIVEN = "given"  # the label of what was not made here
-SUMMARY, REPORT = "validation_summary.json", "validation_report.txt"
-HTML_REPORT = "validation_report.html"
-IMPACT_FIGURE, ULP_FIGURE = "precision_impact.png", "rounding_error_in_ulps.png"
 STEPS = 6
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is compared with the adapter in one precision: what was made, or what was given."""
-
-    label: str
-    task_vector: Path | None
-    merged_model: str | None
-    comparison: ComparisonResult
-
-    @property
-    def title(self) -> str:
-        """The precision, whether it was made or given, as figures name it."""
-        precision = str(self.comparison.summary["certificate"]["precision"])
-        return precision if self.label == GIVEN else self.label
 
 
 @dataclass(frozen=True)
@@ -132,7 +113,7 @@ def validate(
     Raises:
         UserError: an input is unusable, or the disk is too small for the outputs.
     """
-    from taskvec.reports import validation
+    from taskvec.reports import outcome, validation
 
     target = Path(output_dir)
     if task_vector_path and finetuned_model:
@@ -153,7 +134,9 @@ def validate(
 
     def conclude() -> ValidationResult:
         _step(4, "Weigh what each precision keeps")
-        figures = _draw_precisions(subjects, target)
+        figures = outcome.draw(subjects, target)
+        for subject in subjects:
+            cli.detail(f"      {subject.summary['certificate']['cost']['sentence']}")
         _step(5, "Compare behaviour on prompts")
         checked: dict[str, Any] = {"skipped": "switched off (--no-behaviour)"}
         if behaviour:
@@ -165,39 +148,10 @@ def validate(
             **validation.inputs_of(base_model, lora_path, revision),
             "judged": finetuned_model or task_vector_path,
         }
-        return ValidationResult(target, _report(subjects, target, checked, inputs, figures))
+        document = outcome.write(subjects, target, checked, inputs=inputs, figures=figures)
+        return ValidationResult(target, document)
 
     return processes.by_main(conclude)
-
-
-def _report(
-    subjects: Sequence[Subject],
-    target: Path,
-    checked: dict[str, Any],
-    inputs: dict[str, Any],
-    figures: dict[str, Any],
-) -> dict[str, Any]:
-    """Write what was found as a page, as text and as JSON, which is returned."""
-    from taskvec.output import output_file, write_json
-    from taskvec.reports import validation
-    from taskvec.reports.html import validation_page
-    from taskvec.reports.text import validation_report
-
-    comparisons = {subject.label: subject.comparison.document for subject in subjects}
-    document = validation.document(
-        comparisons, checked, inputs=inputs, figures=figures, files=_files(subjects, target)
-    )
-    images = {file: (target / file).read_bytes() for file in figures}
-    texts = {
-        REPORT: validation_report(document),
-        HTML_REPORT: validation_page(document, comparisons, images),
-    }
-    for name, text in texts.items():
-        with output_file(target / name) as partial:
-            partial.write_text(text, encoding="utf-8")
-    with output_file(target / SUMMARY) as partial:
-        write_json(partial, document)
-    return document
 
 
 def _make_and_judge(
@@ -207,7 +161,9 @@ def _make_and_judge(
     precisions: Sequence[str],
     rounding: str,
     common: dict[str, Any],
-) -> list[Subject]:
+) -> list[Judged]:
+    from taskvec.reports.outcome import Judged
+
     merged = {precision: target / f"merged_model_{precision}" for precision in precisions}
     vectors = {precision: target / f"task_vectors_{precision}" for precision in precisions}
     _step(1, "Merge the adapter into the base")
@@ -230,7 +186,7 @@ def _make_and_judge(
         )
         _say_compared(precision, comparison)
         file = vectors[precision] / "task_vector.safetensors"
-        subjects.append(Subject(precision, file, str(merged[precision]), comparison))
+        subjects.append(Judged(precision, file, str(merged[precision]), path, comparison.document))
     return subjects
 
 
@@ -241,7 +197,9 @@ def _judge_given(
     task_vector_path: str | None,
     finetuned_model: str | None,
     common: dict[str, Any],
-) -> Subject:
+) -> Judged:
+    from taskvec.reports.outcome import GIVEN, Judged
+
     _step(1, "Merge the adapter into the base")
     cli.detail(f"      skipped: judging {finetuned_model or task_vector_path}")
     _step(2, "Extract task vectors")
@@ -257,22 +215,23 @@ def _judge_given(
         path = Path(task_vector_path or "")
         file = path / "task_vector.safetensors" if path.is_dir() else path
     _step(3, "Compare with the adapter, element by element")
+    place = target / "comparison_results"
     comparison = compare(
         base_model,
         lora_path,
-        target / "comparison_results",
+        place,
         task_vector_path=task_vector_path,
         finetuned_model=finetuned_model,
         **common,
     )
     _say_compared(GIVEN, comparison)
-    return Subject(GIVEN, file, finetuned_model, comparison)
+    return Judged(GIVEN, file, finetuned_model, place, comparison.document)
 
 
 def _behaviour(
     base_model: str,
     lora_path: str | Sequence[str],
-    subjects: Sequence[Subject],
+    subjects: Sequence[Judged],
     prompts: Sequence[str] | None,
     device: str,
     revision: str | None,
@@ -309,54 +268,6 @@ def _behaviour(
     return found
 
 
-def _files(subjects: Sequence[Subject], target: Path) -> dict[str, str]:
-    """What was written, by its place below ``target``, and what it is."""
-    files = {
-        HTML_REPORT: "this result as a page to look at",
-        REPORT: "this result as text",
-        SUMMARY: "this result for programs",
-    }
-    for subject in subjects:
-        written = {
-            subject.merged_model: "base + adapter, as AutoModelForCausalLM loads it",
-            subject.task_vector and subject.task_vector.parent: "merged − base, fp32",
-            subject.comparison.output_dir: "every parameter's numbers, the adapter's deltas, a "
-            "text report and figures",
-        }
-        for path, what in written.items():
-            if path and Path(path).resolve().is_relative_to(target.resolve()):
-                name = Path(path).resolve().relative_to(target.resolve()).as_posix()
-                files[f"{name}/"] = f"{subject.label}: {what}"
-    return files
-
-
-def _draw_precisions(subjects: Sequence[Subject], directory: Path) -> dict[str, Any]:
-    """Write the two figures of all precisions; returns what they and the comparisons' show."""
-    from taskvec.figures import captions, titles
-    from taskvec.figures import comparison as figures
-    from taskvec.output import output_file
-
-    documents = {subject.title: subject.comparison.document for subject in subjects}
-    with output_file(directory / IMPACT_FIGURE) as partial:
-        figures.precision_impact(documents, partial)
-    with output_file(directory / ULP_FIGURE) as partial:
-        figures.rounding_errors(documents, partial)
-    findings = {
-        IMPACT_FIGURE: titles.precision_impact(documents),
-        ULP_FIGURE: titles.rounding_errors(documents),
-    }
-    drawn = {
-        file: {"label": None, **figure}
-        for file, figure in captions.described(findings, captions.VALIDATION).items()
-    }
-    for subject in subjects:
-        cli.detail(f"      {subject.comparison.summary['certificate']['cost']['sentence']}")
-        place = subject.comparison.output_dir.name
-        for file, figure in subject.comparison.document["figures"].items():
-            drawn[f"{place}/{file}"] = {"label": subject.label, **figure}
-    return drawn
-
-
 def _step(number: int, title: str) -> None:
     cli.detail(f"[{number}/{STEPS}] {title}")
 
@@ -378,6 +289,7 @@ def _say_behaviour(label: str, entry: dict[str, Agreement]) -> None:
 
 def print_result(result: ValidationResult) -> None:
     """The table, the verdict, and where the files are."""
+    from taskvec.reports.outcome import HTML_REPORT
     from taskvec.reports.text import validation_table
 
     cli.result()

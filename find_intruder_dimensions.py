@@ -323,9 +323,10 @@ def print_result(result: IntruderResult) -> None:
     for label, version in summary["versions"].items():
         name = f"{label}: " if len(summary["versions"]) > 1 else ""
         first = next(iter(version["intruders"].values()))
+        matrices = summary["matrices"]
         cli.result(
             f"🔎 {name}{first} intruder dimension{'' if first == 1 else 's'} in "
-            f"{summary['matrices']} matrices (top {top_k}, ε = {epsilons[0]:g})"
+            f"{matrices} matri{'x' if matrices == 1 else 'ces'} (top {top_k}, ε = {epsilons[0]:g})"
         )
 
 

@@ -97,6 +97,7 @@ def merge(
         cli.progress(base.nbytes, f"Merging in {precision}") as bar,
     ):
         torch_device = cli.pick_device(device)
+        _say_if_wider(base, precision)
         # Hashed first: should an input change later, what is read of it will not fit together.
         manifest = _manifest(base, adapter, precision, rounding)
         shards = write_model(
@@ -112,6 +113,18 @@ def merge(
         processes.by_main(lambda: _write_manifest(partial, manifest))
         changed = adapter.parameters
     return MergeResult(target, precision, changed, sum(shard.nbytes for shard in shards))
+
+
+def _say_if_wider(base: Checkpoint, precision: str) -> None:
+    """What fp32 costs and saves where the base is stored in 16 bits."""
+    from taskvec.taskvector import precision_of
+
+    stored = precision_of(base)
+    if precision == "fp32" and stored in ("fp16", "bf16"):
+        cli.notice(
+            f"{base.source} is stored in {stored}, and fp32 takes twice its bytes; --precision "
+            f"{stored} takes as many, and rounds part of the update away."
+        )
 
 
 def is_merged_model(directory: Path) -> bool:

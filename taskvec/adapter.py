@@ -159,6 +159,7 @@ def _check_order(name: str, parts: Sequence[Part]) -> None:
         if replaced or getattr(part, "magnitude", None) is not None:
             what = "replaces" if replaced else "rescales (DoRA)"
             raise UserError(
-                f"{part.source.path}: {what} {name}, which {before.source.path} changes too; merge "
-                "the first adapter, then the second onto the result"
+                f"{part.source.path}: {what} {name}, which {before.source.path} changes too: they "
+                "do not add up; if the second was trained on the result of the first, merge the "
+                "first, then the second onto that"
             )

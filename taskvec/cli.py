@@ -235,7 +235,17 @@ def parse_args(
         # A list of values ends where the next flag begins, not at a word of the command line.
         args = parser.parse_args([*command, *flags, f"--config={args.config}", *argv])
     _quiet = args.quiet
+    if _quiet:
+        _hush_libraries()
     return args
+
+
+def _hush_libraries() -> None:
+    """Remarks of matplotlib and transformers are no result lines either."""
+    import logging
+
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
 def run(
@@ -260,12 +270,20 @@ def run(
                 stream.reconfigure(errors="replace")
         args = parse_args(build_parser(), argv)
         import_torch()
+        if not shared and processes.started() > 1:
+            if not processes.is_first():
+                return EXIT_OK
+            notice(
+                f"A launcher started this {processes.started()} times. It is the work of one "
+                "process, and the first does it."
+            )
         if shared:
             processes.join()
             if processes.started_one_of_several():
                 notice(
                     "The launcher started one process, which does all the work. Without several "
-                    "GPUs, accelerate launch starts more with --multi_gpu."
+                    "GPUs, accelerate launch starts more with --multi_gpu (and without --cpu), or "
+                    "torchrun with --nproc_per_node."
                 )
         return body(args)
     except UserError as error:

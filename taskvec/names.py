@@ -17,7 +17,7 @@ from taskvec.checkpoint import Checkpoint
 from taskvec.cli import UserError, notice
 from taskvec.conversions import Conversion, Key, conversion_of
 from taskvec.header import TensorInfo
-from taskvec.ties import tied_to, untie, untied
+from taskvec.ties import has_vocabulary, tied_to, untie, untied
 
 Rule = tuple[str, str]
 
@@ -234,12 +234,20 @@ def _check_alike(
     if found.shape != wanted.shape:
         raise UserError(
             f"{name}: {found.shape} in {other.source}, but {wanted.shape} in {base.source}"
+            + resizing(name, found.shape, wanted.shape, "; resize the base and save it first")
         )
     if found.is_float != wanted.is_float:
         raise UserError(
             f"{name}: {found.dtype} in {other.source}, but {wanted.dtype} in {base.source}; only "
             "float tensors can be subtracted"
         )
+
+
+def resizing(name: str, wanted: tuple[int, ...], found: tuple[int, ...], before: str = "") -> str:
+    """How a base gets a vocabulary of so many rows, for a message; nothing if it is not that."""
+    if not has_vocabulary(name) or len(wanted) != 2 or wanted[1:] != found[1:]:
+        return ""
+    return f"{before} (resize_token_embeddings({wanted[0]}), save_pretrained())"
 
 
 def _is_buffer(info: TensorInfo) -> bool:

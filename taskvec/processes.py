@@ -40,7 +40,7 @@ def join() -> None:
         LostProcessError: they cannot be reached.
     """
     global _rank, _count, _local_rank
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if started() == 1:
         return
     import torch.distributed
 
@@ -52,11 +52,22 @@ def join() -> None:
     signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))
 
 
+def started() -> int:
+    """How many processes a launcher says that it has started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first() -> bool:
+    """Whether this is the first process that a launcher has started, whether they met or not."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def started_one_of_several() -> bool:
     """Whether ``accelerate launch`` was asked for several processes, and started a single one.
 
-    It starts several where it sees as many GPUs, or is told --multi_gpu; the address where they
-    would have met is all that it leaves behind otherwise.
+    It starts several where it sees as many GPUs, or is told --multi_gpu. On CPUs it leaves that to
+    MPI, and tells the one process that it starts no more than the address where they would meet:
+    not how many were asked for, so that the others cannot be started from here.
     """
     return "WORLD_SIZE" not in os.environ and "MASTER_ADDR" in os.environ
 

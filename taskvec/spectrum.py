@@ -23,7 +23,6 @@ DENSE_SIDE, DENSE_ELEMENTS = 512, 1 << 24
 
 _OVERSAMPLING, _KRYLOV_STEPS = 8, 8
 _CONVERGED = 1e-2
-_SPENT = 1e-13  # of a block's size: what is left of it is mostly rounding error
 
 
 @dataclass(frozen=True)
@@ -239,27 +238,20 @@ def krylov_spectrum(
         images.append(image)
         grams.append(gram)
         if number < steps and (number + 2) * width <= columns:
-            block = _orthonormal(gram, torch.cat(blocks, 1), generator)
+            block = _orthonormal(gram, torch.cat(blocks, 1))
             blocks.append(block)
     return _rayleigh_ritz(
         torch.cat(blocks, 1), torch.cat(images, 1), torch.cat(grams, 1), width, leading
     )
 
 
-def _orthonormal(
-    block: torch.Tensor, basis: torch.Tensor, generator: torch.Generator
-) -> torch.Tensor:
+def _orthonormal(block: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
     """Orthonormal columns for a block, orthogonal to a basis; three times, against cancellation.
 
-    Columns that have nothing new to offer, as when the matrix is of low rank, would come out as
-    rounding errors that lie within the basis; random ones take their place.
+    Columns that have nothing new to offer, as when the matrix is of low rank, are rounding errors
+    after the first time: directions like any other, which the next two set upright.
     """
-    size = torch.linalg.vector_norm(block, dim=0).max()
-    block, triangle = torch.linalg.qr(block - basis @ (basis.T @ block))
-    spent = triangle.diagonal().abs() <= _SPENT * size
-    fresh = torch.randn(block.shape, generator=generator, dtype=torch.float64).to(block.device)
-    block = torch.where(spent, fresh, block)
-    for _ in range(2):
+    for _ in range(3):
         block = torch.linalg.qr(block - basis @ (basis.T @ block)).Q
     return block
 

@@ -29,6 +29,7 @@ _memcmp = ctypes.CDLL(None).memcmp  # PyTorch's torch.equal takes three times as
 _memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 
 _AHEAD = 1 << 22  # bytes that are fetched ahead of what is read, at least
+_COMPARED_ELEMENTS = 1 << 20
 _COPIED_AT_ONCE = 1 << 26  # bytes; what is copied is on its way to disk while the next is copied
 
 
@@ -82,6 +83,13 @@ class TensorFile:
             _advise(self._fd, offset, len(buffer), "DONTNEED")
         shape = info.shape if whole or not info.shape else (stop - start, *info.row_shape)
         return buffer.view(info.dtype).view(shape)
+
+    def same(self, one: TensorInfo, other: TensorInfo) -> bool:
+        """Whether two of its tensors have one shape, and the same bits."""
+        return one.shape == other.shape and all(
+            same_bits(self.read(one, *rows), self.read(other, *rows))
+            for rows in row_blocks(one, _COMPARED_ELEMENTS)
+        )
 
     def is_cached(self, info: TensorInfo) -> bool:
         """Whether the middle of a tensor's bytes is in memory; True where nobody can tell."""

@@ -29,6 +29,11 @@ _HEADED = re.compile(r"For[A-Z]|LMHead")  # in the name of an architecture
 _COMPARED_ELEMENTS = 1 << 20
 
 
+def has_vocabulary(name: str) -> bool:
+    """Whether a tensor has a row for each token: an input embedding, or an output head."""
+    return bool(_EMBEDDING.search(name) or _TIED.search(name))
+
+
 def set_copies_aside(model: Checkpoint) -> None:
     """Take second copies of tied tensors out of a model that was just opened, and say so.
 

@@ -15,7 +15,10 @@ from safetensors.torch import load_file, save_file
 import merge_lora
 from compare_lora_task_vector import compare
 from extract_task_vectors import extract
+from taskvec.adapter import open_adapter
+from taskvec.checkpoint import open_checkpoint
 from taskvec.cli import UserError
+from taskvec.rounding import FP32, ROUNDINGS
 from tests.adapter_kinds import make_kind
 from tests.checks import assert_same_bits, edit_json, edit_tensors, weights
 from tests.models import load, peft_merge
@@ -174,7 +177,9 @@ def test_a_second_adapter_that_replaces_or_rescales_what_the_first_changed_is_re
     second = tiny.adapter(llama, target_modules=["k_proj"], modules_to_save=["q_proj"])
     dora = tiny.adapter(llama, use_dora=True)
     for adapter, verb in ((second, "replaces"), (dora, r"rescales \(DoRA\)")):
-        with pytest.raises(UserError, match=rf"{verb} model\.layers.*; merge the first adapter"):
+        with pytest.raises(
+            UserError, match=rf"{verb} model\.layers.*; if the second was trained on"
+        ):
             merge(llama, [str(llama_lora), str(adapter)], tmp_path / "m")
 
 
@@ -255,13 +260,123 @@ def test_an_embedding_saved_along_takes_the_place_of_the_bases(tiny, llama, copi
     assert certificate_of(llama, adapter, tmp_path / "m", tmp_path / "c")["verdict"] == "exact"
 
 
-def test_a_resized_embedding_is_refused_with_what_to_do(llama, copied, tmp_path):
-    model = load(llama)
+# What PEFT saves along after a change of the vocabulary, and whether a tied pair stays one.
+RESIZED: dict[str, tuple[str, dict[str, Any], bool]] = {
+    "LoRA elsewhere": ("llama", {}, False),
+    "both saved": ("llama", {"modules_to_save": ["embed_tokens", "lm_head"]}, False),
+    "new tokens": ("llama", {"trainable_token_indices": [96, 97, 98, 99]}, False),
+    "some of the new tokens": ("llama", {"trainable_token_indices": [3, 97]}, False),
+    "tied, LoRA elsewhere": ("starcoder2", {}, True),
+    "tied, some of the new tokens": ("starcoder2", {"trainable_token_indices": [97, 3]}, True),
+    "tied, both saved": ("starcoder2", {"modules_to_save": ["embed_tokens", "lm_head"]}, False),
+    "tied, new tokens": ("starcoder2", {"trainable_token_indices": [96, 97, 98, 99]}, True),
+    "tied, new tokens by module": (
+        "starcoder2",
+        {"trainable_token_indices": {"embed_tokens": [96, 97, 98, 99]}},
+        True,
+    ),
+}
+
+
+def with_100_rows(base, directory, seed):
+    """A base with four rows more than its 96; a seed decides what is in them."""
+    model = load(base)
+    torch.manual_seed(seed)
     model.resize_token_embeddings(100)
-    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
-    adapted.save_pretrained(tmp_path / "a", save_embedding_layers=True)
-    with pytest.raises(UserError, match=r"is \(100, 32\), but .* \(96, 32\); resize the base as"):
-        merge(llama, tmp_path / "a", tmp_path / "m")
+    model.save_pretrained(directory)
+    return directory
+
+
+def adapter_with_100_rows(base, directory, **config):
+    """Trained on the base with four rows more, without saying so in its configuration."""
+    model = load(base)
+    torch.manual_seed(1)
+    model.resize_token_embeddings(100)
+    fields = {"r": 2, "target_modules": ["q_proj"], "init_lora_weights": False, **config}
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **fields))
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    adapted.save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize("case", RESIZED)
+def test_an_adapter_with_a_changed_vocabulary_goes_on_a_base_that_was_resized(tiny, tmp_path, case):
+    """PEFT writes trained tensors twice then, and what they stand in for: all of it is known."""
+    family, config, stays_tied = RESIZED[case]
+    base = tiny.base(family)
+    adapter = adapter_with_100_rows(base, tmp_path / "a", **config)
+    resized = with_100_rows(base, tmp_path / "b", seed=2)  # other new rows: the adapter has them
+    for precision, dtype in DTYPES.items():
+        merge(resized, adapter, tmp_path / "m", precision=precision, rounding="peft")
+        peft_merge(resized, adapter, dtype).save_pretrained(tmp_path / "p")
+        found, expected = weights(tmp_path / "m"), weights(tmp_path / "p")
+        assert found["model.embed_tokens.weight"].shape == (100, 32)
+        assert ("lm_head.weight" in found) != stays_tied
+        assert_same_bits(found, expected)
+    verdict = certificate_of(resized, adapter, tmp_path / "p", tmp_path / "c")["verdict"]
+    assert verdict == "exact"
+
+
+@pytest.mark.parametrize("adapted", ["lm_head", "embed_tokens"])
+def test_both_of_a_pair_start_from_what_was_saved_of_one(tiny, tmp_path, adapted):
+    """PEFT saves the adapted one's weight alone, and loads it into the memory of both."""
+    base = tiny.base("starcoder2")
+    adapter = adapter_with_100_rows(base, tmp_path / "a", target_modules=[adapted])
+
+    def start(tensors):
+        key = next(key for key in tensors if key.endswith("base_layer.weight"))
+        tensors[key][96:] = 0.5
+
+    edit_tensors(adapter / WEIGHTS, start)
+    resized = with_100_rows(base, tmp_path / "b", seed=2)
+    merge(resized, adapter, tmp_path / "m")
+    tokens = torch.arange(90, 100)[None]
+    with torch.no_grad():
+        expected = PeftModel.from_pretrained(load(resized), adapter).eval()(tokens).logits
+        found = load(tmp_path / "m").eval()(tokens).logits
+    assert torch.allclose(found, expected, atol=1e-5 * float(expected.abs().max()), rtol=0)
+    assert certificate_of(resized, adapter, tmp_path / "m", tmp_path / "c")["verdict"] == "exact"
+
+
+def test_rows_that_are_trained_lie_in_whatever_block_is_read(llama, tmp_path):
+    adapter = adapter_with_100_rows(llama, tmp_path / "a", trainable_token_indices=[3, 97])
+    resized = with_100_rows(llama, tmp_path / "b", seed=2)
+    stored = load_file(adapter / WEIGHTS)
+    key = "base_model.model.model.embed_tokens.token_adapter"
+    expected = stored[f"{key}.base_layer.weight"].clone()
+    expected[[3, 97]] = stored[f"{key}.trainable_tokens_delta"]
+    with open_checkpoint(str(resized)) as base, open_adapter(str(adapter), base) as found:
+        update = found.update("model.embed_tokens.weight", torch.device("cpu"))
+        rows = base.read("model.embed_tokens.weight")
+        for step in (1, 3, 100):
+            blocks = [(start, min(start + step, 100)) for start in range(0, 100, step)]
+            merged = [update.merged(ROUNDINGS["once"], rows[a:b], a, b, FP32) for a, b in blocks]
+            assert torch.equal(torch.cat(merged), expected)
+
+
+@pytest.mark.parametrize("case", RESIZED)
+def test_on_the_base_from_before_it_is_refused_with_what_to_do(tiny, tmp_path, case):
+    family, config, _ = RESIZED[case]
+    base = tiny.base(family)
+    adapter = adapter_with_100_rows(base, tmp_path / "a", **config)
+    with pytest.raises(UserError, match=r"; resize the base as it was for training and save it"):
+        merge(base, adapter, tmp_path / "m")
+
+
+def test_two_names_for_one_tensor_must_have_one_value(llama, tmp_path):
+    config = {"modules_to_save": ["embed_tokens", "lm_head"]}
+    adapter = adapter_with_100_rows(llama, tmp_path / "a", **config)
+
+    def change(tensors):
+        tensors["base_model.model.lm_head.modules_to_save.weight"][3, 4] += 1
+
+    edit_tensors(adapter / WEIGHTS, change)
+    resized = with_100_rows(llama, tmp_path / "b", seed=1)
+    with pytest.raises(UserError, match=r"lm_head\.weight and .* are the same thing"):
+        merge(resized, adapter, tmp_path / "m")
 
 
 def test_whole_tensors_that_the_configuration_does_not_name_are_refused(
@@ -273,3 +388,20 @@ def test_whole_tensors_that_the_configuration_does_not_name_are_refused(
         UserError, match=r"neither modules_to_save nor bias of adapter_config\.json"
     ):
         merge(llama, adapter, tmp_path / "m")
+
+
+def test_a_fine_tuned_model_with_more_tokens_says_how_to_resize_the_base(llama, tmp_path):
+    tuned = with_100_rows(llama, tmp_path / "tuned", seed=1)
+    with pytest.raises(UserError, match=r"\(100, 32\) in .*; resize .*embeddings\(100\), save_pre"):
+        extract(str(llama), str(tuned), tmp_path / "t")
+    resized = with_100_rows(llama, tmp_path / "base", seed=1)
+    assert extract(str(resized), str(tuned), tmp_path / "t").nonzero_parameters == 0
+
+
+def test_only_embeddings_and_heads_are_a_matter_of_the_vocabulary(llama, copied, tmp_path):
+    other = copied(llama)
+    key = "model.layers.0.self_attn.k_proj.weight"
+    edit_tensors(other / "model.safetensors", lambda t: t.update({key: torch.ones(32, 32)}))
+    with pytest.raises(UserError) as refusal:
+        extract(str(llama), str(other), tmp_path / "t")
+    assert key in str(refusal.value) and "resize" not in str(refusal.value)

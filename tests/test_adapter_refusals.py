@@ -158,6 +158,41 @@ def test_tensors_that_are_no_lora_are_refused_by_name(llama, llama_lora, copied,
     refused(llama, adapter, rf"adapter_model\.safetensors: .*{message}")
 
 
+# What other software, and PEFT's own state_dict(), makes of base_model.model.X.lora_A.weight.
+OTHER_KEYS = {
+    "the adapter's name": (
+        lambda key: key.replace("_A.weight", "_A.default.weight"),
+        r"keys carry an adapter's name.*; write the adapter with save_pretrained\(\)",
+    ),
+    "no prefix": (
+        lambda key: key.removeprefix("base_model.model."),
+        r"keys lack the prefix.*; put base_model\.model\. before",
+    ),
+    "another tool's": (
+        lambda key: key.replace("lora_A", "lora_down").replace("lora_B", "lora_up"),
+        r"another tool's\); convert the adapter",
+    ),
+    "wrapped twice": (
+        lambda key: f"base_model.model.{key}",
+        r"the keys have the prefix base_model\.model\. twice",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_KEYS)
+def test_keys_that_peft_would_skip_in_silence_are_refused(llama, llama_lora, copied, case):
+    rename, message = OTHER_KEYS[case]
+    adapter = copied(llama_lora)
+
+    def change(tensors):
+        renamed = {rename(key): value for key, value in tensors.items()}
+        tensors.clear()
+        tensors.update(renamed)
+
+    edit_tensors(adapter / WEIGHTS, change)
+    refused(llama, adapter, message)
+
+
 def test_a_base_parameter_that_is_no_float_is_refused(llama, llama_lora, copied):
     base = copied(llama)
     packed = torch.ones(32, 32, dtype=torch.int8)

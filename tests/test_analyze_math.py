@@ -21,10 +21,13 @@ from extract_task_vectors import extract
 from merge_lora import merge
 from taskvec.cli import UserError
 from taskvec.figures import mathematics as figures
+from taskvec.figures import spectra
+from taskvec.figures import style as look
 from taskvec.mathematics import identities
 from taskvec.mathematics.document import module_labels
 from taskvec.mathematics.report import finding
 from tests.checks import edit_tensors, names
+from tests.readable import assert_readable
 
 RANK = 4
 ROOT = Path(__file__).parent.parent
@@ -501,6 +504,28 @@ def test_the_json_is_strict(fp16):
 
     text = (fp16.output_dir / script.RESULT).read_text(encoding="utf-8")
     assert json.loads(text, parse_constant=refuse) == json.loads(json.dumps(fp16.document))
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 9])
+def test_figures_can_be_read_whatever_modules_are_called(fp16, tmp_path, monkeypatch, count):
+    """Names of about 30 letters, in as many panels as there are, and in more."""
+    monkeypatch.setattr(look.Page, "save", lambda page, path: page.figure)
+    entries = list(fp16.document["parameters"].values())
+    label, *_ = fp16.document["modules"]
+    labels = [f"query_key_value_projection_{number}_of_it" for number in range(count)]
+    document = {
+        **fp16.document,
+        "modules": {name: fp16.document["modules"][label] for name in labels},
+        "parameters": {
+            f"{number}": {**entries[number % len(entries)], "module": name}
+            for number, name in enumerate(labels)
+        },
+    }
+    for draw in (spectra.spectra, spectra.similarity, spectra.norms):
+        figure = draw(document, tmp_path / "figure.png")
+        assert_readable(figure)
+        titles = [ax.get_title(loc="left") for ax in figure.axes]
+        assert sum("query" in title and "of_it" in title for title in titles) >= min(count, 5)
 
 
 def test_every_figure_has_its_caption_in_the_report(fp16):

@@ -260,6 +260,25 @@ def test_quiet_leaves_only_the_results(capsys):
     assert capsys.readouterr() == ("result\n", "")
 
 
+def test_quiet_hushes_other_libraries_too(tmp_path):
+    """matplotlib remarks that it cannot keep its fonts where there is no home to keep them in."""
+    script = str(ROOT / "visualize_model_structure.py")
+    command = [sys.executable, script, "--base_model", str(ROOT / "examples" / "starcoder2-mini")]
+    environment = {
+        key: value for key, value in os.environ.items() if not key.startswith(("XDG_", "MPL"))
+    }
+    environment |= {"HOME": str(tmp_path / "file" / "home")}
+    (tmp_path / "file").touch()
+    said = [
+        subprocess.run(
+            [*command, "--output_dir", "out", *more],
+            env=environment, cwd=tmp_path, capture_output=True, text=True, check=True,
+        ).stderr
+        for more in ([], ["--quiet"])
+    ]  # fmt: skip
+    assert "Matplotlib" in said[0] and said[1] == ""
+
+
 def test_no_progress_bar_where_nobody_watches(capsys):
     def body(_):
         with cli.progress(10, "Working") as bar:

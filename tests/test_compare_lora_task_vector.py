@@ -384,6 +384,6 @@ def test_every_key_and_cause_is_documented(chain: Path, tmp_path: Path) -> None:
     document = run(chain, tmp_path / "out", task_vector_path=chain / "tv_fp16", generate_plots=True)
     recipes = set(document["summary"]["certificate"]["recipes"])
     assert keys_of(document) - recipes <= named
-    causes = str(diagnose.__doc__).split("Their\n        names: ")[1].split(".\n")[0]
+    causes = re.split(r"Their\s+names: ", str(diagnose.__doc__))[1].split(".\n")[0]
     in_table = re.findall(r"^\| `(\w+)` \|", text.split("## Causes")[1], re.M)
     assert sorted(in_table) == sorted(["cause", *re.split(r",\s+", causes)])

@@ -6,6 +6,7 @@ above the block says why not: <!-- not run: REASON -->. The flags of those are s
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import os
 import re
@@ -103,6 +104,25 @@ def test_links_within_and_between_documents_lead_to_headings(document: Path) -> 
     for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)#([^)\s]+)\)", text):
         found = anchors(document.parent / target if target else document)
         assert anchor in found, f"{document.name}: {target}#{anchor}"
+
+
+def flags_of(parser: argparse.ArgumentParser) -> Iterator[list[str]]:
+    """The spellings of each flag of a script, and of its commands."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                yield from flags_of(command)
+        elif long := [option for option in action.option_strings if option.startswith("--")]:
+            yield long
+
+
+@pytest.mark.parametrize("script", sorted(path.stem for path in ROOT.glob("*.py")))
+def test_every_flag_is_in_a_document(script: str) -> None:
+    documents = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
+    text = "\n".join(document.read_text(encoding="utf-8") for document in documents)
+    documented = {*re.findall(r"--[a-z][\w-]*", text), "--help"}
+    parser = importlib.import_module(script).build_parser()
+    assert [flag for flag in flags_of(parser) if not documented & set(flag)] == []
 
 
 def test_readme_lists_all_of_its_chapters_but_the_list() -> None:

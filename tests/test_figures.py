@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from PIL import Image
 from taskvec.figures import comparison, titles
 from taskvec.figures import style as look
 from tests.plot_documents import EDGE_CASES, NEGATED, ZEROED, made_up, real_documents
+from tests.readable import assert_readable
 
 SINGLE = (
     comparison.cosine_similarity,
@@ -74,37 +74,6 @@ def title_of(figure: Figure) -> str:
     """The title as one line with ordinary spaces."""
     largest = max(figure.texts, key=lambda text: text.get_size())
     return " ".join(largest.get_text().split())
-
-
-def visible_boxes(figure: Figure) -> list[tuple[str, Any]]:
-    """All texts that are drawn, with the boxes that they take."""
-    figure.draw_without_rendering()
-    texts = list(figure.texts)
-    for ax in figure.axes:
-        titles = (ax.title, ax._left_title, ax._right_title)
-        texts += [*ax.texts, *titles, ax.xaxis.label, ax.yaxis.label]
-        for axis in (ax.xaxis, ax.yaxis):
-            low, high = sorted(axis.get_view_interval())
-            for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks()):
-                if low <= tick.get_loc() <= high:
-                    texts += [label for label in (tick.label1, tick.label2) if label.get_visible()]
-        texts += ax.get_legend().get_texts() if ax.get_legend() else []
-    return [
-        (text.get_text(), text.get_window_extent())
-        for text in texts
-        if text.get_visible() and text.get_text().strip()
-    ]
-
-
-def assert_readable(figure: Figure) -> None:
-    width, height = figure.canvas.get_width_height()
-    boxes = visible_boxes(figure)
-    for text, box in boxes:
-        assert box.x0 >= 2 and box.y0 >= 2 and box.x1 <= width - 2 and box.y1 <= height - 2, text
-    for (first, a), (second, b) in itertools.combinations(boxes, 2):
-        across = min(a.x1, b.x1) - max(a.x0, b.x0)
-        along = min(a.y1, b.y1) - max(a.y0, b.y0)
-        assert across <= 1 or along <= 1, f"{first!r} lies on {second!r}"
 
 
 @pytest.mark.parametrize("draw", [*SINGLE, *PER_PRECISION], ids=lambda draw: draw.__name__)

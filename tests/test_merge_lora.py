@@ -351,6 +351,19 @@ def test_the_last_lines_are_those_documented(
     assert capsys.readouterr() == (lines, "")
 
 
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
+def test_a_base_of_16_bits_is_told_what_fp32_takes(tiny, tmp_path, capsys, stored):
+    """People are surprised by merged models twice as large as the base."""
+    base, other = tiny.base(dtype=stored), tiny.base()
+    name = {torch.bfloat16: "bf16", torch.float16: "fp16"}[stored]
+    for source, precision, told in ((base, "fp32", 1), (base, name, 0), (other, "fp32", 0)):
+        merge(source, tiny.adapter(other), tmp_path / "m", precision=precision)
+        assert capsys.readouterr().err.count(f"stored in {name}, and fp32 takes twice") == told
+        if source == base:
+            sizes = [(d / "model.safetensors").stat().st_size for d in (tmp_path / "m", base)]
+            assert sizes[0] / sizes[1] == pytest.approx(2 if told else 1, rel=0.1)
+
+
 def test_it_runs_from_any_directory_as_a_program(llama, llama_lora, tmp_path):
     script = Path(merge_lora.__file__)
     command = [sys.executable, str(script), "--base_model", str(llama), "--quiet"]

@@ -72,6 +72,17 @@ def test_the_costliest_items_are_dealt_first_each_to_the_one_with_least_to_do():
     assert processes.shares_of([], 2) == [[], []]
 
 
+def test_what_is_one_process_s_work_is_done_by_the_first_alone(tmp_path):
+    """They would find that another run is writing their output."""
+    example = ROOT / "examples" / "starcoder2-mini"
+    command = [str(ROOT / "quick_precision_test.py"), "--base_model", str(example)]
+    command += ["--lora_path", f"{example}-lora", "--output_dir", str(tmp_path / "p")]
+    (status, out, err), other = end(start(2, *command, cwd=tmp_path))
+    assert other == (0, "", "")
+    assert status == 0 and "120/483" in out and (tmp_path / "p").is_dir()
+    assert "A launcher started this 2 times. It is the work of one process" in err
+
+
 def test_alone_everything_is_one_s_own():
     assert processes.count() == 1 and processes.is_main()
     assert processes.by_main(lambda: 7) == 7

@@ -126,6 +126,15 @@ def test_krylov_is_the_same_in_every_run(noisy):
     assert torch.equal(first.values, second.values) and torch.equal(first.nodes, second.nodes)
 
 
+@pytest.mark.parametrize("values", [[3.0, 2.0, 1e-6], [3e-90, 2e-90], [1e-44], []])
+def test_krylov_fills_up_what_has_less_rank_with_orthonormal_vectors(values):
+    """Down to the smallest product of two fp32 numbers."""
+    found = krylov_spectrum(gram_step(signal(700, 600, values)), 600, 6)
+    np.testing.assert_allclose(found.right.T @ found.right, np.eye(6), atol=1e-12)
+    np.testing.assert_allclose(found.left.T @ found.left, np.eye(6), atol=1e-12)
+    np.testing.assert_allclose(found.values[: len(values)], values, rtol=1e-6)
+
+
 def test_krylov_of_an_exactly_low_rank_matrix():
     matrix = signal(700, 600, [3.0, 2.0, 1e-6])
     found = krylov_spectrum(gram_step(matrix), 600, 6)

@@ -29,7 +29,7 @@ from taskvec.adapters.ties import settle_ties
 from taskvec.checkpoint import Checkpoint
 from taskvec.cli import UserError
 from taskvec.header import TensorInfo
-from taskvec.names import Piece
+from taskvec.names import Piece, resizing
 from taskvec.tensorfile import TensorFile, row_blocks
 from taskvec.ties import tied_to
 
@@ -43,7 +43,7 @@ def bind(file: TensorFile, config: LoraConfig, base: Checkpoint) -> dict[str, li
         UserError: a tensor that is not understood, a factor without its partner, a parameter that
             the base has not got, a shape that does not fit; each is named.
     """
-    groups, whole = grouped_keys(file.path, file.tensors)
+    groups, whole = grouped_keys(file)
     check_promises(file, config, groups, whole)
     binding = _Binding(file, config, base, groups, whole)
     binding.check_saved(whole)
@@ -217,7 +217,7 @@ class _Binding:
         if beyond:
             raise UserError(
                 f"{self.config.file}: token {beyond[0]} is beyond the {info.shape[0]} of {name}; "
-                "resize the base's embedding as it was for training"
+                "resize the base as it was for training and save it first"
             )
         self._add(name, TokensPart(self.file, rows, tokens))
 
@@ -250,12 +250,17 @@ class _Binding:
             raise UserError(
                 f"{info.path}: {info.name} is {info.shape}, but {name} in {self.base.source} is "
                 f"{found.shape}; resize the base as it was for training and save it first"
+                + resizing(name, info.shape, found.shape)
             )
         part = ReplacementPart(self.file, info)
+        # PEFT saves an adapted embedding's own weight too. It is the base's, or else what the
+        # adapter does goes on top of it.
+        if ".base_layer." in info.name and self._same_values(name, info):
+            return
         if ".base_layer." in info.name and name in self.parts:
-            # PEFT saves an adapted embedding's own weight too. It is the base's, or else LoRA goes
-            # on top of it.
-            if self._same_values(name, info):
+            first = self.parts[name][0]
+            if isinstance(first, TokensPart):
+                self.parts[name] = [dataclasses.replace(part, tokens=first)]
                 return
             if any(getattr(other, "magnitude", None) for other in self.parts[name]):
                 raise UserError(
@@ -267,13 +272,17 @@ class _Binding:
         self._add(name, part)
 
     def _same_values(self, name: str, info: TensorInfo) -> bool:
-        mine = self.base.tensors[name]
+        """Whether the base holds these values, but for the rows of tokens that are replaced."""
+        parts = self.parts.get(name, [])
+        tokens = [token for part in parts for token in getattr(part, "tokens", ())]
+        kept = torch.ones(info.rows, dtype=torch.bool)
+        kept[tokens] = False
         return all(
             torch.equal(
-                self.base.read(name, start, stop).to(torch.float64),
-                self.file.read(info, start, stop).to(torch.float64),
+                self.base.read(name, start, stop)[kept[start:stop]].to(torch.float64),
+                self.file.read(info, start, stop)[kept[start:stop]].to(torch.float64),
             )
-            for start, stop in row_blocks(mine, _COMPARED_ELEMENTS)
+            for start, stop in row_blocks(info, _COMPARED_ELEMENTS)
         )
 
     def check_saved(self, whole: dict[str, TensorInfo]) -> None:

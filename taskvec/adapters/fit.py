@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from taskvec.adapters.config import LoraConfig
+from taskvec.adapters.keys import PREFIX
 from taskvec.adapters.problems import ERROR, WARNING, Factors, Problem, dtype_name, grouped
 from taskvec.adapters.targets import TargetRule
 from taskvec.architecture import fold_numbers, layer_split, template
@@ -134,7 +135,9 @@ def _missing_modules(
                 nearest[name] = f"; the nearest is {near[0].removesuffix('.weight')}"
             what = f"the base has no such module{nearest.get(name, '')}"
             todo = (
-                f"the adapter is for another architecture: use its own base{trained_on}"
+                f"the prefix {PREFIX} stands twice in the keys: take one of them out"
+                if module.startswith(PREFIX)
+                else f"the adapter is for another architecture: use its own base{trained_on}"
                 if len(missing) == len(factors)
                 else "rename the tensors if that is what they are for"
             )

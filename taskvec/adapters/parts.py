@@ -165,16 +165,28 @@ class ExpertPart:
 
 @dataclass(frozen=True)
 class ReplacementPart:
-    """A whole tensor that replaces the base's."""
+    """A whole tensor that replaces the base's.
+
+    Attributes:
+        tokens: rows of it that are replaced in turn.
+    """
 
     file: TensorFile
     source: TensorInfo
+    tokens: TokensPart | None = None
     scaling: None = None
 
     def update(self, parameter: str, base: Checkpoint, device: torch.device) -> Update:
+        tokens = self.tokens.tokens if self.tokens else ()
+        trained = _factor(self.file, self.tokens.source, device) if self.tokens else None
+
         def values(start: int, stop: int) -> torch.Tensor:
             rows = self.file.read(self.source, start, stop).to(device)
             _refuse_non_finite(self.source, rows)
+            if trained is not None:
+                inside = [i for i, token in enumerate(tokens) if start <= token < stop]
+                rows = rows.to(torch.promote_types(rows.dtype, trained.dtype))
+                rows[[tokens[i] - start for i in inside]] = trained[inside].to(rows.dtype)
             return rows
 
         reader = _reader(base, parameter, device)

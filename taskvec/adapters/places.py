@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from taskvec.adapters.keys import A, B, Group
+from taskvec.adapters.keys import PREFIX, A, B, Group
 from taskvec.checkpoint import Checkpoint
 from taskvec.cli import UserError
 from taskvec.conversions import conversion_of
@@ -46,6 +46,12 @@ class Places:
         found = any(
             self.shape(name) is not None for each in adapted for name in (each, f"{each}.weight")
         )
+        if adapted and not found and all(name.startswith(PREFIX) for name in adapted):
+            raise UserError(
+                f"{self.path}: {PREFIX}{adapted[0]}: the keys have the prefix {PREFIX} twice, as "
+                "where get_peft_model() is given a model that it has wrapped already; take one of "
+                "them out of the keys"
+            )
         if adapted and not found:
             raise UserError(
                 f"{self.path}: adapts {adapted[0]}, which {self.base.source} has not got, nor "

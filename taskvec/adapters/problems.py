@@ -6,41 +6,15 @@ What does not fit a base is in `taskvec.adapters.fit`. A problem is an error exa
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from taskvec.adapters.config import LoraConfig, refusals
-from taskvec.adapters.keys import WHOLE, factor_of, key_of
+from taskvec.adapters.keys import WHOLE, factor_of, key_of, unknown_key
 from taskvec.cli import UserError
 from taskvec.header import TensorInfo
 
 ERROR, WARNING = "error", "warning"
-
-# Keys that PEFT does not write, and what to do about them; the first that matches counts.
-_OTHER_KEYS = (
-    (
-        r"\.lora_([AB]\.[^.]+\.weight|embedding_[AB]\.[^.]+)$",
-        "keys carry an adapter's name, as in memory",
-        "load the adapter in PEFT and write it with save_pretrained()",
-    ),
-    (
-        r"^(?!base_model\.model\.).*\.lora_[AB]\.weight$",
-        "keys lack the prefix base_model.model.",
-        "put base_model.model. before the names of the tensors",
-    ),
-    (
-        r"lora_?(up|down)|lora\.(up|down)",
-        "keys are not PEFT's but another tool's",
-        "convert the adapter to the PEFT format first",
-    ),
-    (
-        r"^base_model\.model\.(?!.*lora_).*$",
-        "whole tensors that neither modules_to_save nor bias names",
-        "add their modules to modules_to_save if they were trained",
-    ),
-    (r"", "keys are not understood", "write the adapter with PEFT's save_pretrained()"),
-)
 
 
 @dataclass(frozen=True)
@@ -124,7 +98,7 @@ def tensor_problems(tensors: Mapping[str, TensorInfo], config: LoraConfig) -> It
         for name, key in keys.items()
         if key is None or (key.role == WHOLE and not config.explains(key.module))
     ]
-    yield from grouped("unknown-key", ERROR, ((*_explain(name), name) for name in strange))
+    yield from grouped("unknown-key", ERROR, ((*unknown_key(name), name) for name in strange))
     factors = {factor: name for name in tensors if (factor := factor_of(name))}
     if not tensors or len(strange) == len(tensors):
         yield Problem(
@@ -216,11 +190,6 @@ def value_problems(factors: Sequence[Factors]) -> Iterator[Problem]:
             "the adapter is untrained, or these modules were frozen in training",
             dead,
         )
-
-
-def _explain(name: str) -> tuple[str, str]:
-    """What a key that is no LoRA factor is, and what to do about it."""
-    return next((what, todo) for pattern, what, todo in _OTHER_KEYS if re.search(pattern, name))
 
 
 def grouped(kind: str, severity: str, found: Iterable[tuple[str, str, str]]) -> Iterator[Problem]:

@@ -33,10 +33,11 @@ def settle_ties(
     """Make a tied head a parameter of the base where the adapter separates it from the embedding.
 
     Trainable tokens of the embedding count for both, as in PEFT. So does what ensure_weight_tying
-    keeps alike, which PEFT writes twice: the second is taken out of ``groups`` or ``whole``.
+    keeps alike, and an embedding that is saved along: PEFT writes them twice, and the second is
+    taken out of ``groups`` or ``whole``.
 
     Raises:
-        UserError: the second is not the same as the first.
+        UserError: ensure_weight_tying is set, and the second is not the same as the first.
     """
     changed = {f"{group.module}.weight": group for group in groups}
     modules = list(dict.fromkeys([*changed, *whole]))
@@ -47,33 +48,82 @@ def settle_ties(
     ours = next((n for n in modules if n not in heads and rename(n) == embedding), None)
     if config.values.get("ensure_weight_tying") and ours is not None:
         for head in heads:
-            _drop_twin(file, config, changed, whole, head, ours)
+            for twin, original in _drop_twin(changed, whole, head, ours):
+                _check_twin(file, config, twin, original)
         return
     both = ours in changed and TOKENS in changed[ours].tensors if ours else False
     for head in heads or ([_HEAD] if ours is not None and not both else []):
-        untie(base, head)
+        if ours is not None and _is_copy(file, config, changed, whole, head, ours):
+            _drop_twin(changed, whole, head, ours)
+        elif untie(base, head):
+            _share_original(whole, head, ours or embedding)
 
 
-def _drop_twin(
+_Pairs = list[tuple[TensorInfo, TensorInfo | None]]
+
+
+def _twins(
+    changed: dict[str, Group], whole: dict[str, TensorInfo], head: str, embedding: str
+) -> _Pairs:
+    """What the head has, each with the embedding's own, whose factors are the other way round."""
+    pairs: _Pairs = []
+    if head in changed and embedding in changed:
+        source = changed[embedding].tensors
+        for role, twin in changed[head].tensors.items():
+            pairs.append((twin, source.get({A: B, B: A}.get(role, role))))
+    if head in whole:
+        pairs.append((whole[head], whole.get(embedding)))
+    return pairs
+
+
+def _share_original(whole: dict[str, TensorInfo], head: str, embedding: str) -> None:
+    """What an adapted one of the pair was before, where it is saved along, the other was too."""
+    for name, other in ((head, embedding), (embedding, head)):
+        if name in whole and ".base_layer." in whole[name].name:
+            whole.setdefault(other, whole[name])
+
+
+def _is_copy(
     file: TensorFile,
     config: LoraConfig,
     changed: dict[str, Group],
     whole: dict[str, TensorInfo],
     head: str,
     embedding: str,
-) -> None:
-    pairs: list[tuple[TensorInfo, TensorInfo]] = []
+) -> bool:
+    """Whether the head has rows of tokens, and a whole tensor, that are the embedding's."""
+    roles = set(changed[head].tensors) if head in changed else set()
+    tokens = config.values.get("trainable_token_indices")
+    apart = isinstance(tokens, dict) and any(
+        head.removesuffix(".weight").endswith(name) for name in tokens
+    )
+    if apart or not roles <= {TOKENS} or (head in changed) != (embedding in changed):
+        return False
+    pairs = _twins(changed, whole, head, embedding)
+    return bool(pairs) and all(other and file.same(twin, other) for twin, other in pairs)
+
+
+def _drop_twin(
+    changed: dict[str, Group], whole: dict[str, TensorInfo], head: str, embedding: str
+) -> _Pairs:
+    pairs = _twins(changed, whole, head, embedding)
     if head in changed and embedding in changed:
-        twin, source = changed[head].tensors, changed[embedding].tensors
-        pairs = [(twin[A], source[B]), (twin[B], source[A])]
         changed[head].tensors.clear()
-    elif head in whole and embedding in whole:
-        pairs = [(whole[head], whole[embedding])]
     whole.pop(head, None)
-    for info, original in pairs:
-        mine, other = file.read(info), file.read(original)
-        if not torch.equal(mine, other.T if mine.shape != other.shape else other):
-            raise UserError(
-                f"{file.path}: {info.name} is not {original.name}, although ensure_weight_tying is "
-                f"set in {config.file.name}"
-            )
+    return pairs
+
+
+def _check_twin(
+    file: TensorFile, config: LoraConfig, twin: TensorInfo, original: TensorInfo | None
+) -> None:
+    if original is None:
+        return
+    if twin.shape == original.shape:
+        same = file.same(twin, original)
+    else:
+        same = torch.equal(file.read(twin), file.read(original).T)
+    if not same:
+        raise UserError(
+            f"{file.path}: {twin.name} is not {original.name}, although ensure_weight_tying is "
+            f"set in {config.file.name}"
+        )

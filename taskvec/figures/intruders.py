@@ -60,7 +60,7 @@ def similarity(content: Document, size: int, path: Path) -> Figure:
         entry = content["versions"][label]["matrices"][picture["matrix"]]
         first = epsilon_key(content["settings"]["epsilons"][0])
         _draw_similarity(ax, matrix, entry["intruders"][first])
-        ax.set_title(elided(label, 22), size=TEXT, loc="left", pad=12)
+        ax.set_title(elided(label, 22), size=TEXT, loc="left", pad=15)
         ax.set_xlabel("j: tuned vector" if place + columns >= len(shown) else "")
         ax.set_ylabel("" if column else "i: base vector")
     bar = page.axes(MARGIN + 0.6 + columns * (cell + 0.42), 0.6, 0.2, cell)
@@ -121,7 +121,7 @@ def _similarity_finding(content: Document, size: int) -> Finding:
 
 def _shift_title(where: str, label: str, shift: int) -> str:
     if shift < 1:
-        return f"In {where}, the diagonal is not shifted: the base's directions keep their ranks"
+        return f"In {where}, the diagonal is not shifted at its end: the last keep the base's ranks"
     new = "1 place: a new direction ranks"
     if shift > 1:
         new = f"{shift} places: so many new directions rank"
@@ -196,11 +196,12 @@ def _places_finding(content: Document, layers: list[int | None], grid: NDArray[n
         + ("version." if len(versions) > 1 else "module.")
     )
     matrices = len(content["matrices"])
+    many = "1 matrix" if matrices == 1 else f"{matrices} matrices"
     if not total:
-        return Finding(f"No intruder dimension in {matrices} matrices", note)
+        return Finding(f"No intruder dimension in {many}", note)
     top = int(per_layer.argmax())
     where = "outside of the layers" if layers[top] is None else f"in layer {layers[top]}"
-    title = f"{total} intruder dimension{'' if total == 1 else 's'} in {matrices} matrices"
+    title = f"{total} intruder dimension{'' if total == 1 else 's'} in {many}"
     if len(versions) > 1:
         title += f" of {len(versions)} versions"
     if len(layers) > 1:
@@ -235,7 +236,7 @@ def counts(content: Document, path: Path) -> Figure:
         xlabel=f"k first vectors, for ε = {settings['epsilons'][0]:g}", xlim=(1, max(2, depth))
     )
     for ax in (by_epsilon, by_k):
-        ax.set_ylim(bottom=0)
+        ax.set_ylim(0, max(1, ax.get_ylim()[1]))
         ax.yaxis.set_major_locator(MaxNLocator(integer=True))
         ax.grid(axis="y")
     handles = by_epsilon.get_legend_handles_labels()[0]

@@ -31,7 +31,7 @@ from taskvec.figures.style import (
     Finding,
     Page,
     decades,
-    elided,
+    fitted,
     label_log_axis,
     scientific,
     share,
@@ -43,6 +43,7 @@ from taskvec.mathematics.document import LOST, RANDOM
 Document = dict[str, Any]
 
 MOST_PANELS, _MOST_HEATMAPS = 8, 5
+_BETWEEN = 0.75  # inches between rows of heatmaps, for a title of two lines
 _LOSS = LinearSegmentedColormap.from_list("loss", ["#FFFFFF", "#D9CCEB", "#8B63C4", "#2A0B5E"])
 _LEAST_LOSS = 1e-16
 
@@ -96,7 +97,7 @@ def _panels(
         row, column = divmod(place, columns)
         bottom = 0.95 + (rows - 1 - row) * (tall + 0.9)
         ax = page.axes(MARGIN + 0.75 + column * (wide + 0.3), bottom, wide, tall)
-        ax.set_title(elided(name, 30), size=TEXT, loc="left")
+        ax.set_title(fitted(name, wide, TEXT), size=TEXT, loc="left")
         if column:
             ax.tick_params(labelleft=False)
         else:
@@ -200,25 +201,26 @@ def similarity(document: Document, path: Path) -> Figure:
     }
     shown = list(modules.items())[:_MOST_HEATMAPS]
     panels = [
-        (f"{elided(label, 18)}, {name}", 1 - np.array(module[f"{side}_similarity"]))
+        (label, name, 1 - np.array(module[f"{side}_similarity"]))
         for side, name in (("left", "left, U"), ("right", "right, V"))
         for label, module in shown
     ]
     columns = len(shown) if len(shown) > 2 else len(panels)
     cell = min(2.2, (WIDTH - 2 * MARGIN - 2.4) / columns - 0.3)
     tall, rows = 1.25 * cell, len(panels) // columns
-    page = Page(_similarity_finding(document), rows * (tall + 0.6) + 0.5)
-    norm = _loss_scale([loss for _, loss in panels])
-    for place, (title, loss) in enumerate(panels):
+    page = Page(_similarity_finding(document), rows * (tall + _BETWEEN) + 0.5)
+    norm = _loss_scale([loss for *_, loss in panels])
+    for place, (label, side, loss) in enumerate(panels):
         row, column = divmod(place, columns)
-        bottom = 0.7 + (rows - 1 - row) * (tall + 0.6)
+        bottom = 0.7 + (rows - 1 - row) * (tall + _BETWEEN)
         ax = page.axes(MARGIN + 0.95 + column * (cell + 0.3), bottom, cell, tall)
         _draw_loss(ax, loss, norm)
-        ax.set_title(title, size=SMALL, loc="left")
+        ax.set_title(f"{fitted(label, cell + 0.2, SMALL)}\n{side}", size=SMALL, loc="left")
         ax.set_xlabel("j: Δ's first" if row == rows - 1 else "")
         ax.set_ylabel("" if column else "i: T's first")
         ax.tick_params(labelleft=not column)
-    bar = page.axes(MARGIN + 0.95 + columns * (cell + 0.3), 0.7, 0.22, rows * (tall + 0.6) - 0.6)
+    high = rows * (tall + _BETWEEN) - _BETWEEN
+    bar = page.axes(MARGIN + 0.95 + columns * (cell + 0.3), 0.7, 0.22, high)
     scale = page.figure.colorbar(ScalarMappable(norm, _LOSS), cax=bar)
     scale.set_label("1 − φ(i, j): share not common", size=SMALL)
     label_log_axis(bar.yaxis, (norm.vmin or 0.1, norm.vmax or 1.0), 7)
@@ -319,9 +321,9 @@ def _draw_norms(
     outside = members[0]["layer"] is None
     x = [0 if entry["layer"] is None else entry["layer"] for entry in members]
     delta, task_vector, residual = ([entry[key] or np.nan for entry in members] for key in _NORMS)
-    line: dict[str, Any] = {"marker": "" if 1 < len(x) == len(set(x)) else "_"}
-    if len(x) > len(set(x)):
-        line |= {"linestyle": "", "markersize": 9, "markeredgewidth": 1.8}
+    line: dict[str, Any] = {}
+    if len(x) > len(set(x)) or len(x) == 1:
+        line = {"marker": "_", "linestyle": "", "markersize": 14, "markeredgewidth": 1.8}
     ax.plot(x, delta, color=PURPLE, linewidth=1.8, label="‖Δ‖", **line)
     ax.plot(x, task_vector, label="‖T‖", **_CIRCLES)
     ax.plot(x, residual, color=RED, linewidth=1.0, marker="s", markersize=3.5, label="‖T − Δ‖")

@@ -197,6 +197,15 @@ def elided(text: str, most: int = 34) -> str:
     return f"{text[:head]}…{text[len(text) - (most - 1 - head) :]}"
 
 
+def fitted(text: str, inches: float, size: float) -> str:
+    """A name as it may be drawn, cut in its middle to a width."""
+    text = elided(text)
+    for most in range(len(text), 4, -1):
+        if text_width(elided(text, most), size) <= inches:
+            return elided(text, most)
+    return elided(text, 4)
+
+
 def tick_step(count: int, inches: float, smallest: float = 0.3) -> int:
     """Every how many of ``count`` ticks gets a label, so that labels keep their distance."""
     for step in (1, 2, 5, 10, 20, 50, 100, 200, 500):

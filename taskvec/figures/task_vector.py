@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from taskvec.figures.grid import GridPage, row_key
 from taskvec.figures.style import (
@@ -99,7 +100,7 @@ def _changed_bars(axes: Axes, rows: list[dict[str, Any]], labels: list[str], tot
         facecolor=LIGHT_RED,
         edgecolor=RED,
         hatch=HATCH,
-        label="artifacts",
+        label="artifacts" if shown else None,
     )
     for place, (one, other) in enumerate(zip(real, artifacts, strict=True)):
         text = f"{one + other} = {one} + {other}" if other else str(one)
@@ -316,7 +317,8 @@ def change_norms(document: dict[str, Any], path: Path) -> Figure:
     axes.set_yscale("log")
     axes.set_ylim(*limits)
     label_log_axis(axes.yaxis, limits, 8)
-    axes.set_xlim(1 - 0.02 * len(changed), len(changed) * 1.02 + 0.5)
+    axes.set_xlim(0.5 - 0.02 * len(changed), len(changed) * 1.02 + 0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(axis="y")
     axes.set_xlabel("parameters that changed, the largest change first")
     axes.set_ylabel("root mean square of T (log)")

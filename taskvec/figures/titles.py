@@ -292,6 +292,9 @@ def _changed_sentence(content: Document, where: str = "") -> str:
         return f"None of the {total:,} parameters changed"
     every = f"All {total:,}" if changed == total else f"{changed:,} of {total:,}"
     inside = f" ({where})" if where else ""
+    if total == 1:
+        reason = "by rounding alone" if casts else f"by the adapter{inside}"
+        return f"The one parameter changed, {reason}"
     if casts:
         return (
             f"{every} parameters changed: {shared:,} by the adapter{inside}, "
@@ -312,6 +315,8 @@ def _where(content: Document) -> str:
         return ""
     what = listed(modules) if len(modules) <= _MOST_MODULES else f"{len(modules)} kinds of module"
     if not layers:
+        return what
+    if len(every) == 1:
         return what
     whole = f"all {len(every)}" if layers == every else f"{len(layers)} of {len(every)}"
     return f"{what} in {whole} layers"
