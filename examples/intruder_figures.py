@@ -10,6 +10,7 @@ from intruder_tables import COMPARED_SCALE, by_label, by_rate, intruders, mean, 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from taskvec.figures.style import (
     BLUE,
@@ -42,6 +43,7 @@ _ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "others": ("as many other directions", {"color": BLUE, "marker": "s", "linestyle": "--"}),
     "update": ("the whole update", {"color": RED, "marker": "^", "linestyle": ":"}),
 }
+_FEW = 3  # intruders in all matrices: differences between ranks mean nothing
 _CROWDED = 0.1  # of the axis: a number so near to the last one is left out
 
 
@@ -128,9 +130,16 @@ def _draw_ranks(ax: Axes, content: dict[str, Any]) -> None:
     ax.minorticks_off()
     ax.set(xlabel="rank r", ylabel="intruder dimensions")
     ax.set_xlim(right=top * 2)
-    ax.set_ylim(bottom=-0.04 * ax.get_ylim()[1])
+    _count_upwards(ax)
     ax.set_title("at the same held-out loss", size=TEXT, loc="left")
     ax.grid(axis="y")
+
+
+def _count_upwards(ax: Axes) -> None:
+    """From zero, which is not on the edge, to one at least."""
+    top = max(1.0, ax.get_ylim()[1])
+    ax.set_ylim(-0.04 * top, top)
+    ax.yaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _draw_ranges(ax: Axes, places: Sequence[float], groups: list[Runs], color: str) -> None:
@@ -150,21 +159,24 @@ def _draw_rates(ax: Axes, content: dict[str, Any]) -> None:
         [run for run in runs if run["held_out_loss"] <= target]
         for runs in by_rate(content).values()
     ]
+    ends: dict[tuple[float, int], list[str]] = {}
     for runs in filter(None, groups):
         look = _SCHEDULES["α = 2r"] if runs[0]["rank"] else _FULL
         rates, counts = [run["rate"] for run in runs], [intruders(run) for run in runs]
         ax.plot(rates, counts, **look)
         if runs[0]["rank"]:
-            ax.annotate(
-                str(runs[0]["rank"]), (rates[-1], counts[-1]), xytext=(6, 0), size=SMALL - 1.5,
-                textcoords="offset points", va="center", color=look["color"],
-            )  # fmt: skip
+            ends.setdefault((rates[-1], counts[-1]), []).append(str(runs[0]["rank"]))
+    for end, ranks in ends.items():
+        ax.annotate(
+            ", ".join(ranks), end, xytext=(6, 0), size=SMALL - 1.5,
+            textcoords="offset points", va="center", color=PURPLE,
+        )  # fmt: skip
     ax.set_xscale("log", base=2)
     rates = sorted({run["rate"] for runs in groups for run in runs})
     ax.set_xticks(rates, [f"{rate:g}" for rate in rates])
     ax.minorticks_off()
     ax.margins(x=0.12)
-    ax.set_ylim(bottom=-0.04 * ax.get_ylim()[1])
+    _count_upwards(ax)
     ax.set(xlabel="learning rate (1: as on the left)", ylabel="intruder dimensions")
     ax.set_title("other rates; numbers are ranks", size=TEXT, loc="left")
     ax.grid(axis="y")
@@ -199,6 +211,7 @@ def _draw_forgetting(ax: Axes, content: dict[str, Any]) -> None:
         seeds(same, look)
         ax.plot(*point(same), **{**look, "linestyle": ""})
     ax.set(xlabel="intruder dimensions", ylabel="rise of the pre-training loss")
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
     ax.margins(x=0.12)
     ax.set_ylim(0, 1.1 * ax.get_ylim()[1])
     ax.set_title("forgetting; numbers are ranks", size=TEXT, loc="left")
@@ -237,11 +250,20 @@ def _draw_trade(ax: Axes, same: Runs) -> None:
 def _finding(content: dict[str, Any]) -> Finding:
     groups = _schedule(content, "α = 2r")
     low, high = groups[0], groups[-1]
-    title = (
-        f"{content['task'].capitalize()}: at α = 2r, rank {low[0]['rank']} has "
-        f"{_mean_intruders(low):.0f} intruder dimensions and rank {high[0]['rank']} has "
-        f"{_mean_intruders(high):.0f}; full fine-tuning has {_mean_intruders(_full(content)):.0f}"
-    )
+    most = max(intruders(run) for run in content["runs"])
+    if most < _FEW:
+        what = f"more than {most} intruder dimension" if most else "an intruder dimension"
+        title = (
+            f"{content['task'].capitalize()}: no run of LoRA, and none of full fine-tuning, has "
+            f"{what}{'s' if most > 1 else ''}"
+        )
+    else:
+        title = (
+            f"{content['task'].capitalize()}: at α = 2r, rank {low[0]['rank']} has "
+            f"{_mean_intruders(low):.0f} intruder dimensions and rank {high[0]['rank']} has "
+            f"{_mean_intruders(high):.0f}; full fine-tuning has "
+            f"{_mean_intruders(_full(content)):.0f}"
+        )
     target = content["target_held_out_loss"]
     short = sum(run["held_out_loss"] > target for run in content["runs"])
     all_runs = f"All runs but {short}" if short else "All runs"

@@ -247,6 +247,26 @@ def test_tables_show_mean_and_range_of_several_seeds(done, modules, capsys):
     assert modules["intruder_tables"].spread([2.0], ".1f") == "2.0"
 
 
+@pytest.mark.parametrize(
+    "most, title",
+    [
+        (0, "no run of LoRA, and none of full fine-tuning, has an intruder dimension"),
+        (1, "no run of LoRA, and none of full fine-tuning, has more than 1 intruder dimension"),
+        (7, "rank 1 has 7 intruder dimensions and rank 1 has 7; full fine-tuning has 0"),
+    ],
+)
+def test_a_figure_does_not_compare_ranks_by_one_intruder(done, modules, tmp_path, most, title):
+    content, _ = done
+    runs = [{**run, "intruders": {"0.5": most if run["rank"] else 0}} for run in content["runs"]]
+    rates = [{**run, "intruders": {"0.5": 0}} for run in content["rates"]]
+    page = modules["intruder_figures"].draw(
+        {**content, "runs": runs, "rates": rates}, tmp_path / "figure.png"
+    )
+    assert title in " ".join(page.texts[0].get_text().split())
+    for ax in page.axes[:2]:
+        assert all(float(tick).is_integer() for tick in ax.get_yticks())
+
+
 def test_the_tasks_texts_are_apart(modules):
     """No held-out header is trained on, and Python's sources are no C headers."""
     task = modules["intruder_tasks"].make_task("code")

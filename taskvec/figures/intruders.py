@@ -288,7 +288,7 @@ def _counts_finding(content: Document) -> Finding:
         title = f"All versions have {found[most]} intruders among {tested} leading directions"
     else:
         title = (
-            f"Of {tested} leading directions at ε = {key}, {most} has {found[most]} intruders and "
-            f"{least} has {found[least]}"
+            f"Of {tested} leading directions at ε = {key}, {most} has {found[most]} "
+            f"intruder{'' if found[most] == 1 else 's'} and {least} has {found[least]}"
         )
     return Finding(title, note)

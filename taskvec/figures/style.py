@@ -176,7 +176,7 @@ def _wrapped(text: str, size: float, *, bold: bool = False) -> str:
     fewest = max(1, math.ceil(text_width(text, size, bold=bold) / room))
     for count in range(fewest, fewest + 5):
         for characters in range(max(1, len(text) // count), len(text) + 1):
-            lines = textwrap.wrap(text, characters)
+            lines = textwrap.wrap(text, characters, break_on_hyphens=False)
             if len(lines) <= count:
                 break
         if all(text_width(line, size, bold=bold) <= room for line in lines):
