@@ -240,6 +240,7 @@ class ParameterCertificate:
         self, block: Block, difference: Difference, merged: torch.Tensor, error: torch.Tensor
     ) -> torch.Tensor:
         """Count violations of |T - delta|, fp32; returns its bound, fp32."""
+        base = (block.subtracted if self.base_format is None else block.base).float()
         while True:
             tally = self.tally
             bound = bound_rows(
@@ -250,7 +251,7 @@ class ParameterCertificate:
                 delta=difference.delta,
                 merged=merged,
                 moved=difference.size,
-                base=block.subtracted.float(),
+                base=base,
                 base_format=self.base_format,
                 format=self.format,
                 recovered=block.merged is None,

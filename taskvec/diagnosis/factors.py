@@ -90,10 +90,10 @@ class FactorTest:
 
     def add(self, block: Block, among: torch.Tensor | None = None) -> bool:
         """Take rows into account, all or some of their elements; False if no factor is left."""
-        base, target = block.subtracted.double(), block.task_vector.double()
+        base, target = block.base.double(), block.task_vector.double()
         if self.base_format is not None:
-            rounded = self.base_format.round(wide(block.base)).double()
-            target, base = target + (base - rounded), rounded
+            base = self.base_format.round(wide(block.base)).double()
+            target = target + (block.subtracted.double() - base)
         delta = self.update.exact(block.start, block.stop)
         finite = torch.isfinite(target)
         if among is not None:

@@ -157,7 +157,7 @@ def off_the_merge(
             block.start,
             block.stop,
             delta=update.exact(block.start, block.stop),
-            base=block.subtracted.double(),
+            base=block.base.double(),
             format=merge.format,
         )
         ulp = 2 * half_ulp(merged_rows(block), merge.format)
@@ -180,7 +180,7 @@ def out_of_bounds(case: Case, result: ParameterResult, comparison: Comparison) -
             block.stop,
             delta=delta,
             merged=merged_rows(block),
-            base=block.subtracted.double(),
+            base=block.base.double(),
             base_format=certificate.base_format,
             format=certificate.format,
         )

@@ -117,7 +117,7 @@ def _without_delta(
         update,
         block,
         delta=delta,
-        base=block.subtracted.double(),
+        base=block.base.double(),
         base_format=None,
         format=format,
         stored=block.base.dtype,
