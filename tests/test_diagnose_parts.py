@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.lab import Lab
 
@@ -197,3 +198,43 @@ def test_a_dora_merged_as_if_it_were_a_plain_lora(lab, precision, factor):
     for found in cause["evidence"]["factors"].values():
         assert found == pytest.approx(factor, rel=0.01)
     assert ("times about 0.5" in cause["sentence"]) == (factor == 0.5)
+
+
+@pytest.mark.parametrize(
+    ("way", "words"),
+    [
+        ("other axis", "divided by the norm of each input's weights instead of each output's"),
+        ("base", "divided by the norm of W alone"),
+        ("inputs", "normed and scaled input by input instead of output by output"),
+        ("mixed", "normed output by output but scaled input by input"),
+    ],
+)
+@pytest.mark.parametrize(("family", "precision"), [("llama", "fp32"), ("gpt2", "bf16")])
+def test_a_dora_normed_or_scaled_along_the_wrong_axis(lab, family, precision, way, words):
+    here = lab(family, precision, use_dora=True)
+    factors = load_file(here.lora / "adapter_model.safetensors")
+    square = [name for name in here.names if len(set(here.weights[name].shape)) == 1]
+    wrong = square if way in ("inputs", "mixed") else here.names
+    tensors = here.merged()
+    for name in here.names:
+        W = here.weights[name].double()
+        V = W + here.deltas[name]
+        module = name.removesuffix(".weight")
+        m = factors[f"base_model.model.{module}.lora_magnitude_vector"].double().flatten()
+        outputs, inputs = (1, 0) if family == "gpt2" else (0, 1)  # which axis is which
+
+        def along(values, axis):
+            return values[None] if axis else values[:, None]
+
+        by_output = along(m / V.norm(dim=inputs), outputs)
+        factor = {
+            "other axis": along(m, outputs) / V.norm(dim=outputs, keepdim=True),
+            "base": along(m / W.norm(dim=inputs), outputs),
+            "inputs": along(m, inputs) / V.norm(dim=outputs, keepdim=True) if name in square else 0,
+            "mixed": along(m / V.norm(dim=inputs), inputs),
+        }[way]
+        tensors[name] = ((factor if name in wrong else by_output) * V).to(here.dtype)
+    cause = here.cause(here.write(tensors), extracted=precision == "bf16")
+    assert cause["cause"] == "magnitudes_misapplied"
+    assert cause["evidence"]["parameters"] == wrong
+    assert words in cause["sentence"]

@@ -147,7 +147,7 @@ def test_doras_bound_is_that_of_the_base_as_stored_whatever_was_subtracted() -> 
     M = [0.0004749298095703125, 0.00101470947265625]  # R(factor * V)
     base, direction = torch.tensor([W]), LowRank("w", torch.eye(2), torch.tensor([D]), 1.0)
     update = Dora("w", direction, torch.tensor([m]), reader(base), 1.0)
-    assert M == [float(torch.tensor(factor * v).bfloat16()) for v in V]
+    assert [float(torch.tensor(factor * v).bfloat16()) for v in V] == M
     assert update.merged(RECIPES[4], base, 0, 1, BF16).tolist() == [M]
     error, bound = certified(update, W, M, FP16, BF16)
     assert 0.97 * bound < error <= bound
@@ -157,9 +157,7 @@ def test_a_sum_in_between_is_bounded_from_the_base_as_stored() -> None:
     """W + d1 is past 1, where fp32's spacing doubles, and what was subtracted, plus d1, is not."""
     W, tiny = 1 - 1.5 * 2.0**-8, 2.0**-30  # halfway between two of bf16, the lower one is even
     first, second = 1.5 * 2.0**-8 + 2.0**-24 + tiny, 2.0**-24
-    parts = tuple(
-        LowRank("w", torch.ones(1, 1), torch.tensor([[d]]), 1.0) for d in (first, second)
-    )
+    parts = tuple(LowRank("w", torch.ones(1, 1), torch.tensor([[d]]), 1.0) for d in (first, second))
     update = InTurn("w", parts)
     M = 1 + 2 * 2.0**-23  # W + d1 goes up to 1 + 2^-23, from where d2 is half a spacing: up, again
     merged = update.merged(RECIPES[0], torch.tensor([[W]]), 0, 1, FP32)

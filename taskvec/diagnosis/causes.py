@@ -27,6 +27,7 @@ def simple_causes(findings: Findings, adapter: Adapter) -> list[Cause]:
         *_lower_precision_adapter(findings),
         *_transposed(findings),
         *_without_magnitudes(findings),
+        *_misapplied(findings),
         *_misplaced(findings),
         *_reordered(findings),
         *_reordered_rows(findings),
@@ -199,6 +200,19 @@ def _without_magnitudes(findings: Findings) -> list[Cause]:
     )
     evidence = {"parameters": names, "factors": dict(zip(names, factors, strict=True))}
     return [Cause("magnitudes_left_out", sentence, evidence, len(names))]
+
+
+def _misapplied(findings: Findings) -> list[Cause]:
+    causes = []
+    for how in dict.fromkeys(findings.misapplied.values()):
+        names = [name for name, found in findings.misapplied.items() if found == how]
+        sentence = (
+            f"DoRA's magnitudes were misapplied in {whole(names, findings)}: W + scaling * B @ A "
+            f"was {how}."
+        )
+        evidence = {"parameters": names, "how": how}
+        causes.append(Cause("magnitudes_misapplied", sentence, evidence, len(names)))
+    return causes
 
 
 def _misplaced(findings: Findings) -> list[Cause]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from taskvec.compare import UNEXPLAINED, Comparison, ParameterResult
 from taskvec.diagnosis.case import Case, unmerged_as
 from taskvec.diagnosis.factors import FactorTest, factor_test, misplaced_from, shared_with
+from taskvec.diagnosis.magnitudes import misapplied
 from taskvec.diagnosis.merges import Agreement, best_merge
 from taskvec.diagnosis.outliers import (
     Outliers,
@@ -37,6 +38,7 @@ class Findings:
         unmerged: adapted parameters that are the base's, and the roundings on the way.
         merges: adapted parameters that a wrong merge reproduces.
         factors: adapted parameters that are base + c * delta within rounding.
+        misapplied: adapted DoRA parameters, and how their magnitudes were applied.
         misplaced: adapted parameters that got the update of another one, and whose.
         reordered: parameters that hold the weights of another one, and whose.
         reordered_rows: parameters whose rows, or those of whose update, are in another order.
@@ -55,6 +57,7 @@ class Findings:
     unmerged: dict[str, tuple[Format, ...]] = field(default_factory=dict)
     merges: dict[str, Agreement] = field(default_factory=dict)
     factors: dict[str, FactorTest] = field(default_factory=dict)
+    misapplied: dict[str, str] = field(default_factory=dict)
     misplaced: dict[str, str] = field(default_factory=dict)
     reordered: dict[str, str] = field(default_factory=dict)
     reordered_rows: dict[str, str] = field(default_factory=dict)
@@ -160,6 +163,9 @@ def _examine_adapted(
         return
     elif test := factor_test(case, result, comparison):
         findings.factors[result.name] = test
+        return
+    elif how := misapplied(case, result, comparison):
+        findings.misapplied[result.name] = how
         return
     elif part := partial_merge(case, result, comparison):
         findings.partial[result.name] = part
