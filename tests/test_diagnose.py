@@ -284,6 +284,18 @@ def test_a_transposed_delta(lab, family, precision, extracted):
 
 
 @everywhere
+def test_a_transposed_delta_read_in_the_shape_of_the_weight(lab, family, precision, extracted):
+    here = lab(family, precision)
+    turned = {name: delta.T.reshape(delta.shape) for name, delta in here.deltas.items()}
+    cause = here.cause(here.model(turned.get), extracted=extracted)
+    assert cause["cause"] == "transposed"
+    assert sorted(cause["evidence"]["parameters"]) == sorted(here.names)
+    oblong = [name for name, delta in here.deltas.items() if delta.shape[0] != delta.shape[1]]
+    assert cause["evidence"]["reshaped_parameters"] == oblong != []
+    assert "its transpose, reshaped where that is not square, explains" in cause["sentence"]
+
+
+@everywhere
 def test_updates_of_two_layers_swapped(lab, family, precision, extracted):
     here = lab(family, precision)
     module = "q_proj" if family == "llama" else "c_attn"

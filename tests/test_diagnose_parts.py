@@ -116,17 +116,40 @@ def test_rows_of_the_weights_in_another_order(lab, precision):
     assert sorted(cause["evidence"]["rows_of"]) == sorted(names)
 
 
-def test_rows_of_the_update_in_another_order(lab):
-    here = lab()
-    order = torch.randperm(32, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize(("lines", "axis"), [("rows", 0), ("columns", 1)])
+@pytest.mark.parametrize(
+    ("family", "precision", "scale"),
+    [("llama", "fp32", 0.2), ("gpt2", "bf16", 0.02), ("llama", "bf16", 1e-3)],
+)
+@either_way
+def test_rows_and_columns_of_the_update_in_another_order(
+    tmp_path, tiny, family, precision, scale, lines, axis, extracted
+):
+    """The last of these updates are about as large as what bf16's rounding makes of them."""
+    here, generator = Lab(tmp_path, tiny, family, precision, scale=scale), torch.Generator()
+    generator.manual_seed(0)
 
     def change(name):
-        delta = here.deltas.get(name)
-        return delta[order] if "q_proj" in name else delta
+        if (delta := here.deltas.get(name)) is not None:
+            order = torch.randperm(delta.shape[axis], generator=generator)
+            return delta.index_select(axis, order)
 
-    cause = here.cause(here.model(change))
+    cause = here.cause(here.model(change), extracted=extracted)
     assert cause["cause"] == "reordered"
-    assert "rows of the update alone" in cause["sentence"]
+    assert sorted(cause["evidence"][f"{lines}_of"]) == sorted(here.names)
+    assert f"The {lines} of the update alone are in another order" in cause["sentence"]
+
+
+@in_both
+def test_columns_of_the_weights_in_another_order(lab, precision):
+    here = lab(precision=precision)
+    merged, order = here.merged(), torch.randperm(32, generator=torch.Generator().manual_seed(0))
+    names = [name for name in merged if "o_proj" in name or "q_proj" in name]
+    for name in names:  # of the adapter, and of what it leaves alone
+        merged[name] = merged[name][:, order]
+    cause = here.cause(here.write(merged))
+    assert cause["cause"] == "reordered"
+    assert sorted(cause["evidence"]["columns_of"]) == sorted(names)
 
 
 @in_both

@@ -30,7 +30,7 @@ def simple_causes(findings: Findings, adapter: Adapter) -> list[Cause]:
         *_misapplied(findings),
         *_misplaced(findings),
         *_reordered(findings),
-        *_reordered_rows(findings),
+        *_reordered_lines(findings),
         *partly_merged(findings),
         *_shared(findings),
         *_unmerged_again(findings),
@@ -177,12 +177,16 @@ def _transposed(findings: Findings) -> list[Cause]:
     names = [*by_bits, *by_bounds]
     if not names:
         return []
+    shapes = {result.name: result.shape for result in findings.results}
+    reshaped = [name for name in names if len(set(shapes[name])) > 1]
+    its = "its transpose" + ", reshaped where that is not square," * bool(reshaped)
     sentence = (
-        f"The delta was added transposed to {whole(names, findings)}: its transpose explains "
+        f"The delta was added transposed to {whole(names, findings)}: {its} explains "
         "every element that moved, or nearly every one."
     )
     evidence = {
         "parameters": names,
+        "reshaped_parameters": reshaped,
         "reproduced_share": min((1 - f.missed_share for f in by_bits.values()), default=None),
     }
     return [Cause("transposed", sentence, evidence, len(names))]
@@ -240,17 +244,17 @@ def _reordered(findings: Findings) -> list[Cause]:
     return [Cause("reordered", sentence, evidence, len(names))]
 
 
-def _reordered_rows(findings: Findings) -> list[Cause]:
+def _reordered_lines(findings: Findings) -> list[Cause]:
     causes = []
-    for what, of in (("weights", "of the weights"), ("update", "of the update alone")):
-        names = [name for name, found in findings.reordered_rows.items() if found == what]
-        if names:
-            sentence = (
-                f"The rows {of} are in another order in {whole(names, findings)}, as where the "
-                "heads of an attention are laid out otherwise (Meta's or GGUF's for rotary "
-                "embeddings, fused projections)."
-            )
-            causes.append(Cause("reordered", sentence, {"rows_of": names}, len(names)))
+    for what in dict.fromkeys(findings.reordered_lines.values()):
+        names = [name for name, found in findings.reordered_lines.items() if found == what]
+        sentence = (
+            f"The {what} are in another order in {whole(names, findings)}, as where the heads of "
+            "an attention are laid out otherwise (Meta's or GGUF's for rotary embeddings, fused "
+            "projections)."
+        )
+        evidence = {f"{what.split()[0]}_of": names}
+        causes.append(Cause("reordered", sentence, evidence, len(names)))
     return causes
 
 

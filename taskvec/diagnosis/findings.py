@@ -19,7 +19,7 @@ from taskvec.diagnosis.outliers import (
     out_of_bounds,
 )
 from taskvec.diagnosis.partial import PartialMerge, partial_merge
-from taskvec.diagnosis.reordered import rows_reordered, weights_elsewhere
+from taskvec.diagnosis.reordered import lines_reordered, weights_elsewhere
 from taskvec.rounding import Format
 from taskvec.verdict import adapted, judge
 
@@ -41,7 +41,8 @@ class Findings:
         misapplied: adapted DoRA parameters, and how their magnitudes were applied.
         misplaced: adapted parameters that got the update of another one, and whose.
         reordered: parameters that hold the weights of another one, and whose.
-        reordered_rows: parameters whose rows, or those of whose update, are in another order.
+        reordered_lines: parameters whose rows or columns, or those of whose update, are in another
+            order, and which.
         partial: adapted parameters that took part of their update's elements only.
         zeroed: unadapted parameters of which elements here and there are zero.
         shared: unadapted parameters that got the update of one that they are tied to, and which.
@@ -60,7 +61,7 @@ class Findings:
     misapplied: dict[str, str] = field(default_factory=dict)
     misplaced: dict[str, str] = field(default_factory=dict)
     reordered: dict[str, str] = field(default_factory=dict)
-    reordered_rows: dict[str, str] = field(default_factory=dict)
+    reordered_lines: dict[str, str] = field(default_factory=dict)
     partial: dict[str, PartialMerge] = field(default_factory=dict)
     zeroed: list[Outliers] = field(default_factory=list)
     shared: dict[str, str] = field(default_factory=dict)
@@ -116,9 +117,9 @@ def _find_reordered(case: Case, findings: Findings) -> None:
     """Take out of what is left the parameters with the weights, or rows, of another place."""
     findings.reordered = weights_elsewhere(case, [*findings.changed, *findings.rest])
     for result in [*findings.changed, *findings.rest]:
-        if result.name not in findings.reordered and (what := rows_reordered(case, result)):
-            findings.reordered_rows[result.name] = what
-    explained = {*findings.reordered, *findings.reordered_rows}
+        if result.name not in findings.reordered and (what := lines_reordered(case, result)):
+            findings.reordered_lines[result.name] = what
+    explained = {*findings.reordered, *findings.reordered_lines}
     findings.rest = [r for r in findings.rest if r.name not in explained]
     findings.changed = [r for r in findings.changed if r.name not in explained]
 

@@ -47,7 +47,7 @@ class WrongMerge:
         format: the format that the sums are rounded to.
         base_format: what W was rounded to before, other than by the recipe.
         delta_format: what the recipe rounds factors and delta to, if not to ``format``.
-        transposed: the delta is added the wrong way round.
+        transposed: the delta is added the wrong way round, and read in the weight's shape.
         unmerge_rounds: what is subtracted is rounded first, as PEFT does whatever it added.
         wrong: False for the merge that should have been made.
     """
@@ -70,7 +70,7 @@ class WrongMerge:
         if not isinstance(update, LowRank):
             merged = update.merged(self.recipe, merged, block.start, block.stop, self.format)
             return subtract_rows(merged, block.subtracted)
-        update = replace(update, transposed=update.transposed != self.transposed)
+        update = turned(update) if self.transposed else update
         format = self.delta_format or self.format
         for number, scaling in enumerate(self.scalings):
             recipe = update.followed(self.recipe)
@@ -159,7 +159,7 @@ def merges(update: Update, comparison: Comparison, rslora: bool) -> Iterator[Wro
     for (scalings, texts), recipe in itertools.product(undone, recipes):
         for rounds in (False, True):
             yield WrongMerge(scalings, texts, recipe, format, unmerge_rounds=rounds)
-    if update.stored is None and update.matrix[0] == update.matrix[1]:
+    if update.stored is None:
         for recipe in recipes:
             yield WrongMerge((s,), (), recipe, format, transposed=True)
     for lower in lower_formats(format):
@@ -170,6 +170,11 @@ def merges(update: Update, comparison: Comparison, rslora: bool) -> Iterator[Wro
             if recipe.round_factors or recipe.round_delta:
                 recipe = replace(recipe, round_base=False)
                 yield WrongMerge((s,), (), recipe, format, delta_format=lower)
+
+
+def turned(update: LowRank) -> LowRank:
+    """The transposed delta in the parameter's shape: reshaped where that is not square."""
+    return replace(update, transposed=not update.transposed, stored=update.shape)
 
 
 def _of_any_kind(update: Update, recipes: Sequence[Recipe], format: Format) -> Iterator[WrongMerge]:
