@@ -19,15 +19,18 @@ from taskvec.checkpoint import Checkpoint
 from taskvec.cli import UserError
 from taskvec.difference import is_zero
 from taskvec.header import TensorInfo
+from taskvec.kinds import (
+    BASE_PRECISION,
+    MERGED_PRECISION,
+    TASK_VECTOR,
+    TASK_VECTOR_FILE,
+    mistaken_directory,
+    mistaken_file,
+)
 from taskvec.names import aligned
 from taskvec.rounding import BF16, FORMATS, FP16, FP32, Format, all_finite, subtract_rows
 from taskvec.tensorfile import StoredTensor, TensorFile, row_blocks, same_bits, to_device
 from taskvec.ties import set_copies_aside
-
-TASK_VECTOR_FILE = "task_vector.safetensors"
-
-# Metadata keys of a task vector file. They are hints: what the tensors show comes first.
-BASE_PRECISION, MERGED_PRECISION = "base_precision", "merged_precision"
 
 _ALL_FORMATS = (BF16, FP16, FP32)
 
@@ -224,12 +227,16 @@ def open_task_vector(path: Path) -> Iterator[StoredTaskVector]:
     """Open a task vector file, or the one in a directory of extract_task_vectors.py.
 
     Raises:
-        UserError: nothing there, or tensors that are no floats.
+        UserError: nothing there, another kind of directory or file, or tensors that are no floats.
     """
     file = path / TASK_VECTOR_FILE if path.is_dir() else path
     if not file.is_file():
+        if what := mistaken_directory(path, TASK_VECTOR):
+            raise UserError(f"{path}: {what}")
         raise UserError(f"{file}: no such task vector; extract_task_vectors.py makes it")
     with TensorFile(file) as tensors:
+        if what := mistaken_file(file, tensors.tensors, tensors.metadata, TASK_VECTOR):
+            raise UserError(f"{file}: {what}")
         for info in tensors.tensors.values():
             if not info.is_float:
                 raise UserError(f"{file}: {info.name} is {info.dtype}, not a float")

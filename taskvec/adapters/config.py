@@ -17,6 +17,7 @@ from taskvec.adapters.files import CONFIG_FILE
 from taskvec.adapters.patterns import Matcher
 from taskvec.checkpoint import named_adapters, read_json_object
 from taskvec.cli import UserError
+from taskvec.kinds import ADAPTER, mistaken_directory
 
 # Configuration keys that make something else of B @ A, and why they are refused.
 _REFUSED_FLAGS = {
@@ -181,6 +182,8 @@ def load_config(path: Path) -> LoraConfig:
     file = path / CONFIG_FILE
     if not file.is_file():
         named = ", ".join(named_adapters(path))
+        if not named and (what := mistaken_directory(path, ADAPTER)):
+            raise UserError(f"{path}: {what}")
         raise UserError(
             f"{path}: holds no {CONFIG_FILE}, so its scaling is unknown"
             + (f"; there are adapters by name: --adapter_name {named}" if named else "")

@@ -198,7 +198,7 @@ def readings(scaling: float, rank: int, rslora: bool) -> dict[float, tuple[str, 
     root = math.sqrt(rank)
     named = [
         (2 * scaling, TWICE),
-        (-scaling, "subtracted instead of added"),
+        (-scaling, "subtracted instead of added, or base and merged model swapped"),
         (1.0, "scaling left out: B @ A was added as it is"),
         (scaling * (root if rslora else rank), "scaling left out: alpha was not divided"),
         (
