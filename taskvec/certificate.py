@@ -139,6 +139,10 @@ class ParameterCertificate:
         """Names of the recipes that give every bit."""
         return self.search.reproduced_by
 
+    def tally_of(self, recipe: str) -> RecipeTally:
+        """How far the recipe of that name reproduces it."""
+        return next(tally for tally in self.search.tallies if recipe in tally.names)
+
     @property
     def violations(self) -> int:
         """Elements out of bounds, NaN or infinite."""

@@ -17,7 +17,8 @@ from taskvec.checkpoint import Checkpoint
 from taskvec.compare import ParameterResult
 from taskvec.diagnosis.case import Case
 from taskvec.diagnosis.cause import Cause
-from taskvec.diagnosis.causes import marginal_cause, simple_causes
+from taskvec.diagnosis.causes import simple_causes
+from taskvec.diagnosis.damage import marginal_cause
 from taskvec.diagnosis.findings import examine
 from taskvec.diagnosis.remaining import remaining_causes
 from taskvec.diagnosis.swapped import swapped

@@ -9,7 +9,11 @@ from dataclasses import dataclass
 from taskvec.architecture import fold_names
 from taskvec.certificate import common_recipes
 from taskvec.compare import CAST, KINDS, UNEXPLAINED, Comparison, ParameterResult
+from taskvec.recipes import RecipeTally
+from taskvec.rounding import RECIPES
 from taskvec.wording import listed, percent
+
+_HANDFUL = 4  # of elements are named one by one
 
 EXACT, ROUNDING, VIOLATED, INCOMPLETE = "exact", "rounding", "violated", "incomplete"
 
@@ -164,7 +168,7 @@ def _reason(
     if name in (VIOLATED, INCOMPLETE):
         parts = _violations([c for r, c in pairs if r.name in violated], violated)
         if isolated:
-            parts.append(f"a few elements of {_named(isolated)} differ from an exact recipe")
+            parts.append(_standing_out([pair for pair in pairs if pair[0].name in isolated]))
         if missing:
             parts.append(f"the adapter changes {_named(missing)}, the task vector does not")
         if unexplained:
@@ -175,7 +179,63 @@ def _reason(
     if name == EXACT:
         how = f"recipe {recipes[0]!r}" if recipes else "one recipe or another"
         return f"{how} reproduces every bit of all {count} adapted parameters{tail}"
-    return f"every element of all {count} adapted parameters is within its rounding bound{tail}"
+    near = _near_recipe(pairs)
+    return (
+        f"every element of all {count} adapted parameters is within its rounding bound{near}{tail}"
+    )
+
+
+def _near_recipe(pairs: Sequence[tuple[ParameterResult, Comparison]]) -> str:
+    """Which recipe gives nearly all bits of all parameters; where it is a handful, the others."""
+    found = {
+        recipe.name: [(r.name, c.certificate.tally_of(recipe.name)) for r, c in pairs]
+        for recipe in RECIPES
+    }
+    near = [name for name, tallies in found.items() if not any(t.abandoned for _, t in tallies)]
+    if not near:
+        return ""
+    recipe = min(near, key=lambda name: _missed(found[name]))
+    total = sum(result.elements for result, _ in pairs)
+    return (
+        f"; recipe {recipe!r} gives all but {_missed(found[recipe]):,} of {total:,} elements bit "
+        "for bit"
+        f"{_where(found[recipe])}"
+    )
+
+
+def _standing_out(pairs: Sequence[tuple[ParameterResult, Comparison]]) -> str:
+    """How many elements are off the recipe that gives all the others, and where."""
+    tallies = [(result.name, comparison.certificate.best_recipe) for result, comparison in pairs]
+    total, missed = sum(result.elements for result, _ in pairs), _missed(tallies)
+    alone = sum(comparison.certificate.isolated for _, comparison in pairs)
+    recipes = {tally.recipe.name for _, tally in tallies}
+    recipe = f"recipe {recipes.pop()!r}" if len(recipes) == 1 else "one recipe or another"
+    text = (
+        f"all but {missed:,} of {total:,} elements of {_named([r.name for r, _ in pairs])} are "
+        f"{recipe} bit for bit"
+    )
+    if alone < missed:
+        text += f", and {alone:,} of those no other arithmetic gives"
+    return text + _where(tallies)
+
+
+def _missed(tallies: Sequence[tuple[str, RecipeTally]]) -> int:
+    return sum(tally.mismatches for _, tally in tallies)
+
+
+def _where(tallies: Sequence[tuple[str, RecipeTally]]) -> str:
+    """The places that a recipe misses, where they are a handful."""
+    if not 0 < _missed(tallies) <= _HANDFUL:
+        return ""
+    missing = [(name, tally) for name, tally in tallies if tally.places]
+    places = [
+        f"{name + ', ' if len(missing) > 1 else ''}row {row}, column {column}"
+        for name, tally in missing
+        for row, column in tally.places
+    ]
+    if len(missing) == 1 < len(tallies):
+        places[0] = f"{missing[0][0]}, {places[0]}"
+    return f" ({'; '.join(places)})"
 
 
 def _violations(comparisons: Sequence[Comparison], names: list[str]) -> list[str]:

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 from taskvec.adapter import Adapter
 from taskvec.diagnosis.cause import Cause, counted, named, whole
+from taskvec.diagnosis.damage import damaged, overflow, partly_unmerged
 from taskvec.diagnosis.factors import FactorTest
 from taskvec.diagnosis.findings import Findings
 from taskvec.diagnosis.merges import REMERGED, UNMERGED_AGAIN
-from taskvec.diagnosis.outliers import Outliers
 from taskvec.diagnosis.partly import partly_merged
 from taskvec.diagnosis.scalings import scaled
-from taskvec.rounding import FP16, FP32, Format
+from taskvec.rounding import FP16, Format
 from taskvec.verdict import adapted
 
 
 def simple_causes(findings: Findings, adapter: Adapter) -> list[Cause]:
     """The causes that need no look at the structure of what is left."""
     return [
-        *_overflow(findings),
+        *overflow(findings),
         *_unmerged(findings),
-        *_partly_unmerged(findings),
+        *partly_unmerged(findings),
         *_lower_precision_base(findings),
         *_lower_precision_adapter(findings),
         *_transposed(findings),
@@ -35,23 +32,8 @@ def simple_causes(findings: Findings, adapter: Adapter) -> list[Cause]:
         *_shared(findings),
         *_unmerged_again(findings),
         *scaled(findings, adapter),
-        *_damaged(findings),
+        *damaged(findings),
     ]
-
-
-def _overflow(findings: Findings) -> list[Cause]:
-    if not findings.overflow:
-        return []
-    count = sum(outliers.count for outliers in findings.overflow)
-    first = findings.overflow[0]
-    place = first.shown[0]
-    format = FP16 if findings.format is FP32 else findings.format
-    sentence = (
-        f"Overflow: {count:,} elements of {counted(findings.overflow)} are beyond what "
-        f"{format.name} holds ({format.largest:g}), first {first.name}, row {place['row']}, column "
-        f"{place['column']}: {_shown(place['expected'])} is stored as {_shown(place['merged'])}."
-    )
-    return [Cause("overflow", sentence, _places(findings.overflow), len(findings.overflow))]
 
 
 def _unmerged(findings: Findings) -> list[Cause]:
@@ -74,16 +56,6 @@ def _unmerged(findings: Findings) -> list[Cause]:
         f"the base's own{as_stored}, bit for bit."
     )
     return [Cause("some_modules_not_merged", sentence, evidence, len(names))]
-
-
-def _partly_unmerged(findings: Findings) -> list[Cause]:
-    parts = [outliers for outliers in findings.damage if outliers.unmerged]
-    if not parts:
-        return []
-    shown = ", ".join(outliers.where for outliers in parts[:3])
-    more = f" and {len(parts) - 3} more parameters" if len(parts) > 3 else ""
-    sentence = f"Not merged: {shown}{more}, which are the base's own; the rest is merged."
-    return [Cause("some_modules_not_merged", sentence, _places(parts), len(parts))]
 
 
 def _unmoved(findings: Findings) -> int:
@@ -272,28 +244,6 @@ def _shared(findings: Findings) -> list[Cause]:
     ]
 
 
-def marginal_cause(findings: Findings) -> Cause:
-    """When a few elements at the edge of their bounds are all that was found."""
-    names = [result.name for result in findings.marginal]
-    tallies = [
-        found.certificate.tally
-        for result, found in adapted(findings.results)
-        if result.name in names
-    ]
-    count = sum(tally.violations for tally in tallies)
-    ratio = max(tally.max_ratio for tally in tallies)
-    what = (
-        f"{count} elements of {named(names)} are out of their bounds by a factor of {ratio:.3g} at "
-        "most, and no recipe reproduces the others bit for bit"
-        if count
-        else f"a few elements of {named(names)} differ from the recipe that reproduces the others, "
-        "but by no more than another matmul would make them"
-    )
-    sentence = f"Not explained: {what}. That is too little to tell damage from another change."
-    evidence = {"parameters": names, "elements": count, "max_ratio_to_bound": ratio}
-    return Cause("unknown", sentence, evidence, len(names))
-
-
 def _unmerged_again(findings: Findings) -> list[Cause]:
     causes = []
     for reading, effect in (
@@ -314,46 +264,3 @@ def _undone(test: FactorTest) -> str | None:
     if test.vanishes:
         return UNMERGED_AGAIN
     return REMERGED if test.sums > 1 and test.allows(1.0) else None
-
-
-def _damaged(findings: Findings) -> list[Cause]:
-    damage = [outliers for outliers in findings.damage if not outliers.unmerged]
-    if not damage:
-        return []
-    damage.sort(key=lambda outliers: -outliers.count)
-    count = sum(outliers.count for outliers in damage)
-    shown = ", ".join(outliers.where for outliers in damage[:3])
-    more = f" and {len(damage) - 3} more parameters" if len(damage) > 3 else ""
-    first = damage[0].shown[0]
-    verb = "is" if count == 1 else "are"
-    sentence = (
-        f"Corrupted: {shown}{more} {verb} not what base + adapter gives, the rest is. Row "
-        f"{first['row']}, column {first['column']} holds {_shown(first['merged'])} instead of "
-        f"{_shown(first['expected'])}."
-    )
-    return [Cause("corrupted", sentence, _places(damage), len(damage))]
-
-
-def _shown(value: float | str) -> str:
-    return value if isinstance(value, str) else f"{value:.9g}"
-
-
-def _places(found: Sequence[Outliers]) -> dict[str, Any]:
-    return {
-        "parameters": [outliers.name for outliers in found],
-        "elements": sum(outliers.count for outliers in found),
-        "places": [
-            {
-                "parameter": outliers.name,
-                "elements": outliers.count,
-                "rows": len(outliers.rows),
-                "first_row": min(outliers.rows),
-                "last_row": max(outliers.rows),
-                "columns": len(outliers.columns),
-                "first_column": min(outliers.columns),
-                "last_column": max(outliers.columns),
-                "first_elements": outliers.shown,
-            }
-            for outliers in found
-        ],
-    }

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from taskvec.compare import UNEXPLAINED, Comparison, ParameterResult
 from taskvec.diagnosis.case import Case, unmerged_as
 from taskvec.diagnosis.factors import FactorTest, factor_test, misplaced_from, shared_with
 from taskvec.diagnosis.magnitudes import misapplied
-from taskvec.diagnosis.merges import Agreement, best_merge
+from taskvec.diagnosis.merges import Agreement, WrongMerge, best_merge
 from taskvec.diagnosis.outliers import (
     Outliers,
     damage_of_unadapted,
     locate,
     non_finite,
+    off_the_bits,
     off_the_merge,
     out_of_bounds,
+    out_of_interval,
 )
 from taskvec.diagnosis.partial import PartialMerge, partial_merge
 from taskvec.diagnosis.reordered import lines_reordered, weights_elsewhere
@@ -148,8 +150,7 @@ def _examine_adapted(
         return
     tally = comparison.certificate.tally
     if agreement is not None and agreement.clean:
-        finder = off_the_merge(case, result, comparison, agreement.merge)
-        outliers = locate(case, result.name, finder)
+        outliers = _off_the_merge(case, result, comparison, agreement.merge)
         if not outliers.count:
             findings.marginal.append(result)
             return
@@ -177,7 +178,31 @@ def _examine_adapted(
         if outliers.together or (outliers.few and tally.max_ratio >= _FAR):
             findings.damage.append(outliers)
             return
+        if outliers.count <= _FEW:
+            findings.marginal.append(result)
+            return
     findings.rest.append(result)
+
+
+def _off_the_merge(
+    case: Case, result: ParameterResult, comparison: Comparison, merge: WrongMerge
+) -> Outliers:
+    """The elements that a merge does not give; where some stand out from a recipe, those."""
+    certificate = comparison.certificate
+    best = certificate.best_recipe
+    if certificate.isolated and certificate.isolated == best.mismatches:
+        exact = replace(merge, recipe=best.recipe)
+        outliers = locate(case, result.name, off_the_bits(case, result, exact))
+        if outliers.count == certificate.isolated:
+            return replace(outliers, recipe=best.recipe.name)
+    found = locate(case, result.name, off_the_merge(case, result, comparison, merge))
+    if certificate.isolated and not found.count:  # then those that the certificate counted
+        for anywhere in (True, False):
+            finder = out_of_interval(case, result, best.recipe, rounded_anywhere=anywhere)
+            outliers = locate(case, result.name, finder)
+            if outliers.count == certificate.isolated:
+                return outliers
+    return found
 
 
 def _examine_unadapted(case: Case, result: ParameterResult, findings: Findings) -> None:

@@ -15,7 +15,7 @@ from taskvec.compare import Comparison, ParameterResult
 from taskvec.diagnosis.case import Case, merged_rows, wide
 from taskvec.diagnosis.merges import WrongMerge
 from taskvec.header import row_shape
-from taskvec.rounding import FP16, NARROW_FORMATS, Format, half_ulp, subtract_rows
+from taskvec.rounding import FP16, NARROW_FORMATS, Format, Recipe, half_ulp, subtract_rows
 
 # Scattered elements up to this number, or this share, are damage; more must lie together.
 _FEW, _FEW_SHARE = 16, 1e-3
@@ -39,6 +39,7 @@ class Outliers:
         unmoved: those that have the value of the base.
         zeros: those that are 0.
         shown: the first few, as JSON.
+        recipe: what gives every other element bit for bit; None where that is not known.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Outliers:
     unmoved: int = 0
     zeros: int = 0
     shown: list[dict[str, Any]] = field(default_factory=list)
+    recipe: str | None = None
 
     @property
     def width(self) -> int:
@@ -163,6 +165,44 @@ def off_the_merge(
         ulp = 2 * half_ulp(merged_rows(block), merge.format)
         wrong = (gap >= _DAMAGE_ULPS * ulp) & torch.isfinite(block.task_vector)
         return wrong | outside(block)[0], expected
+
+    return find
+
+
+def off_the_bits(case: Case, result: ParameterResult, merge: WrongMerge) -> Finder:
+    """Finds the finite elements that a merge does not give bit for bit."""
+    update = case.update(result.name)
+
+    def find(block: Block) -> tuple[torch.Tensor, torch.Tensor]:
+        expected = merge.task_vector(update, block)
+        return (expected != block.task_vector) & torch.isfinite(block.task_vector), expected
+
+    return find
+
+
+def out_of_interval(
+    case: Case, result: ParameterResult, recipe: Recipe, *, rounded_anywhere: bool
+) -> Finder:
+    """Finds the finite elements that no other arithmetic gives either, by the same recipe."""
+    update, format = case.update(result.name), case.format_of(result.name)
+
+    def find(block: Block) -> tuple[torch.Tensor, torch.Tensor]:
+        def as_found(merged: torch.Tensor) -> torch.Tensor:
+            return subtract_rows(merged, block.subtracted)
+
+        rows = block.base, block.start, block.stop
+        low, high = update.interval(
+            recipe,
+            block.start,
+            block.stop,
+            base=block.base,
+            format=format,
+            where=torch.ones_like(block.task_vector, dtype=torch.bool),
+            rounded_anywhere=rounded_anywhere,
+        )
+        low, high = (as_found(end.reshape(block.task_vector.shape)) for end in (low, high))
+        wrong = (block.task_vector < low) | (block.task_vector > high)
+        return wrong, as_found(update.merged(recipe, *rows, format))
 
     return find
 

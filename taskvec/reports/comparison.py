@@ -169,6 +169,9 @@ def _lora(result: ParameterResult, comparison: Comparison, tolerance: float) -> 
         "precision": certificate.format.name,
         "reproduced_by": certificate.reproduced_by,
         "recipe_mismatches": certificate.best_recipe.mismatches,
+        "recipe_mismatch_places": [
+            {"row": row, "column": column} for row, column in certificate.best_recipe.places
+        ],
         "bound": certificate.tally.family.name,
         "violations": certificate.violations,
         "max_ratio_to_bound": certificate.tally.max_ratio,
