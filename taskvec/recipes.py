@@ -127,7 +127,7 @@ class RecipeSearch:
             delta: the same rows of the update in float64.
             sampled: measure on this block what other arithmetic would change.
         """
-        found = block.task_vector if block.merged is None else block.merged.float()
+        found = block.task_vector if block.merged is None else _comparable(block.merged)
         live = [tally for tally in self.tallies if not tally.abandoned]
         missed = []
         for tally in live:
@@ -192,10 +192,15 @@ class RecipeSearch:
 def _as_found(
     merged: torch.Tensor, block: Block, where: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """M as it is known of a block, in fp32: itself, or by its difference from W."""
+    """M as it is known of a block: itself, or by its difference from W."""
     if block.merged is not None:
-        return merged.float()
+        return _comparable(merged)
     return subtract_rows(merged, block.subtracted if where is None else block.subtracted[where])
+
+
+def _comparable(merged: torch.Tensor) -> torch.Tensor:
+    """In fp32, in which no narrower number is lost; in float64 if it is."""
+    return merged if merged.dtype is torch.float64 else merged.float()
 
 
 def _distinct_recipes(update: Update, format: Format, stored: torch.dtype) -> list[RecipeTally]:

@@ -28,7 +28,16 @@ from taskvec.kinds import (
     mistaken_file,
 )
 from taskvec.names import aligned
-from taskvec.rounding import BF16, FORMATS, FP16, FP32, Format, all_finite, subtract_rows
+from taskvec.rounding import (
+    BF16,
+    FORMATS,
+    FP16,
+    FP32,
+    Format,
+    all_finite,
+    dtype_name,
+    subtract_rows,
+)
 from taskvec.tensorfile import StoredTensor, TensorFile, row_blocks, same_bits, to_device
 from taskvec.ties import set_copies_aside
 
@@ -58,6 +67,9 @@ class TaskVector(Protocol):
 
     def formats(self, name: str) -> tuple[Format, ...]:
         """The formats a parameter may have been merged in, the first that fits being the one."""
+
+    def dtype(self, name: str) -> torch.dtype | None:
+        """What M is stored in, where that is known."""
 
     def is_zero(self, name: str) -> bool:
         """True if a parameter is known to be zero without reading it."""
@@ -92,6 +104,10 @@ class StoredTaskVector:
         if self.merged_format is None:
             return _ALL_FORMATS
         return (self.merged_format,) if self.merged_format is FP32 else (self.merged_format, FP32)
+
+    def dtype(self, name: str) -> torch.dtype | None:
+        wide = self.file.metadata.get(MERGED_PRECISION) == dtype_name(torch.float64)
+        return torch.float64 if wide else None
 
     def is_zero(self, name: str) -> bool:
         return name not in self.file.tensors or self.file.is_hole(self.file.tensors[name])
@@ -168,6 +184,9 @@ class FormedTaskVector:
         dtype = self.merged.tensors[name].dtype
         named = [format for format in FORMATS.values() if format.dtype == dtype]
         return tuple(named) or (FP32,)
+
+    def dtype(self, name: str) -> torch.dtype | None:
+        return self.merged.tensors[name].dtype if name in self.merged.tensors else None
 
     def is_zero(self, name: str) -> bool:
         return name not in self.merged.tensors
@@ -250,10 +269,9 @@ def open_task_vector(path: Path) -> Iterator[StoredTaskVector]:
 
 
 def precision_of(model: Checkpoint) -> str:
-    """The format of a model's float tensors: fp32, fp16, bf16, or "mixed"."""
+    """What a model's float tensors are stored in: fp32, fp16, bf16, fp64, ..., or "mixed"."""
     dtypes = {info.dtype for info in model.tensors.values() if info.is_float}
-    names = [format.name for format in FORMATS.values() if {format.dtype} == dtypes]
-    return names[0] if names else "mixed"
+    return dtype_name(dtypes.pop()) if len(dtypes) == 1 else "mixed"
 
 
 def _subtracted(base: torch.Tensor, format: Format | None) -> torch.Tensor:

@@ -11,7 +11,7 @@ from taskvec.certificate import common_recipes
 from taskvec.compare import CAST, KINDS, UNEXPLAINED, Comparison, ParameterResult
 from taskvec.recipes import RecipeTally
 from taskvec.rounding import RECIPES
-from taskvec.wording import listed, percent
+from taskvec.wording import are, listed, percent
 
 _HANDFUL = 4  # of elements are named one by one
 
@@ -51,7 +51,7 @@ class Cost:
     """What rounding cost, over all adapted parameters.
 
     Attributes:
-        relative_error: ‖T - delta‖ / ‖delta‖; None where delta is zero.
+        relative_error: ‖T - delta‖ / ‖delta‖, of what is finite; None where delta is zero.
         lost_share: share of the elements with an update whose merged value did not move at all.
         snr_db: 20 log10(‖delta‖ / ‖T - delta‖); None where nothing was lost.
         sentence: the same in words.
@@ -100,13 +100,13 @@ def judge(results: Sequence[ParameterResult]) -> Verdict:
 
 
 def merged_precision(results: Sequence[ParameterResult]) -> str:
-    """The format that the adapted parameters are stored in: fp32, fp16, bf16 or mixed."""
+    """What the adapted parameters are stored in: fp32, fp16, bf16, another dtype, or mixed."""
     names = _formats(results)
     return names[0] if len(names) == 1 else "mixed"
 
 
 def _formats(results: Sequence[ParameterResult]) -> list[str]:
-    found = {comparison.certificate.format.name for _, comparison in adapted(results)}
+    found = {comparison.precision for _, comparison in adapted(results)}
     return sorted(found, reverse=True)
 
 
@@ -123,8 +123,12 @@ def rounding_cost(results: Sequence[ParameterResult], *, holds: bool = True) -> 
     touched = sum(comparison.certificate.changed_by_update for _, comparison in pairs)
     lost = sum(comparison.certificate.lost for _, comparison in pairs)
     lost_share = lost / touched if touched else 0.0
+    beside = sum(comparison.certificate.non_finite for _, comparison in pairs)
     if not delta:
-        return Cost(None, lost_share, None, "The adapter changes nothing: its delta is zero.")
+        nothing = "The adapter changes nothing: its delta is zero."
+        if beside:
+            nothing = f"Nothing to measure: {_not_counted(beside)}."
+        return Cost(None, lost_share, None, nothing)
     relative = math.sqrt(error / delta)
     snr = -20 * math.log10(relative) if relative else None
     off, lost_text = percent(relative), percent(lost_share)
@@ -134,9 +138,14 @@ def rounding_cost(results: Sequence[ParameterResult], *, holds: bool = True) -> 
         what = f"this merge keeps {kept} of the update: {off} of its norm is error"
     sentence = (
         f"In {' and '.join(_formats(results))}, {what}, and {lost_text} of its elements did not "
-        "move at all."
+        f"move at all{f'; {_not_counted(beside)}' if beside else ''}."
     )
     return Cost(relative, lost_share, snr, sentence)
+
+
+def _not_counted(elements: int) -> str:
+    """Of elements that are NaN or infinite."""
+    return f"{are(elements, 'element')} NaN or infinite and in none of these figures"
 
 
 def attribution(results: Sequence[ParameterResult]) -> dict[str, dict[str, float | int]]:

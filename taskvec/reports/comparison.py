@@ -166,7 +166,7 @@ def _lora(result: ParameterResult, comparison: Comparison, tolerance: float) -> 
         "snr_db": -20 * math.log10(error) if error else None,
         "exact_share": _share(sums.exact, sums.elements),
         "lost_share": _share(certificate.lost, certificate.changed_by_update),
-        "precision": certificate.format.name,
+        "precision": comparison.precision,
         "reproduced_by": certificate.reproduced_by,
         "recipe_mismatches": certificate.best_recipe.mismatches,
         "recipe_mismatch_places": [
