@@ -15,6 +15,7 @@ from typing import Any, TypeGuard
 
 from taskvec.adapters.files import CONFIG_FILE
 from taskvec.adapters.patterns import Matcher
+from taskvec.adapters.targets import TargetRule
 from taskvec.checkpoint import named_adapters, read_json_object
 from taskvec.cli import UserError
 from taskvec.kinds import ADAPTER, mistaken_directory
@@ -83,7 +84,13 @@ class LoraConfig:
         return self.values.get("init_lora_weights") == "mica"
 
     def parameters_of(self, module: str) -> list[str]:
-        """Parameters of a module that target_parameters names, as PEFT matches them."""
+        """Parameters of a module that target_parameters names, as PEFT matches them.
+
+        None of a module that target_modules selects: PEFT refuses the two on one module, so that a
+        name that happens to fit, such as ``weight``, means a parameter elsewhere.
+        """
+        if self._targets.selects(module):
+            return []
         found = []
         for target in self._names("target_parameters"):
             parameter = f"{module}.{target.rpartition('.')[2]}"
@@ -167,6 +174,10 @@ class LoraConfig:
             except UserError as error:
                 raise UserError(f"{self.file}: {key}: {error}") from None
         return default
+
+    @cached_property
+    def _targets(self) -> TargetRule:
+        return TargetRule(self.values)
 
     @cached_property
     def _matcher(self) -> Matcher:
