@@ -19,8 +19,9 @@ BASE_PRECISION, MERGED_PRECISION = "base_precision", "merged_precision"
 MODEL, ADAPTER, TASK_VECTOR = "a model", "an adapter", "a task vector"
 _TAKEN_BY = {
     MODEL: "give it as --base_model or --finetuned_model",
-    ADAPTER: "give it as --lora_path",
-    TASK_VECTOR: "compare_lora_task_vector.py takes it as --task_vector_path",
+    ADAPTER: "give it as --lora_path, or merge it into its base with merge_lora.py",
+    TASK_VECTOR: "compare_lora_task_vector.py takes it as --task_vector_path, and "
+    "analyze_task_vectors.py apply makes a model of it",
 }
 _OF_MODELS = ("model*.safetensors", "*.index.json", "pytorch_model*.bin")
 _OF_ADAPTERS = (CONFIG_FILE, WEIGHTS_FILE, PICKLED_FILE)
