@@ -261,3 +261,102 @@ def test_a_dora_normed_or_scaled_along_the_wrong_axis(lab, family, precision, wa
     assert cause["cause"] == "magnitudes_misapplied"
     assert cause["evidence"]["parameters"] == wrong
     assert words in cause["sentence"]
+
+
+# --- the weights themselves -------------------------------------------------------------------
+
+
+def slerp(W, total, t):
+    """On the sphere through both, as mergekit does it tensor by tensor."""
+    cosine = (W * total).sum() / W.norm() / total.norm()
+    angle = torch.acos(cosine.clamp(-1, 1))
+    return (torch.sin((1 - t) * angle) * W + torch.sin(t * angle) * total) / torch.sin(angle)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_adapted_weights_interpolated_on_a_sphere(lab, precision):
+    here = lab(precision=precision)
+    tensors = here.merged()
+    for name, delta in here.deltas.items():
+        W = here.weights[name].double()
+        tensors[name] = slerp(W, W + delta, 0.3).to(here.dtype)
+    cause = here.cause(here.write(tensors))
+    assert cause["cause"] == "weights_scaled"
+    assert sorted(cause["evidence"]["parameters"]) == sorted(here.names)
+    for name, (of_base, of_delta) in cause["evidence"]["factors"].items():
+        W, delta = here.weights[name].double(), here.deltas[name]
+        angle = torch.acos((W * (W + delta)).sum() / W.norm() / (W + delta).norm())
+        b = float(torch.sin(0.3 * angle) / torch.sin(angle))
+        assert of_delta == pytest.approx(b, rel=1e-3)
+        assert of_base == pytest.approx(float(torch.sin(0.7 * angle) / torch.sin(angle)) + b, 1e-3)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@either_way
+def test_all_weights_decayed_after_the_merge(lab, precision, extracted):
+    here = lab(precision=precision)
+    merged = here.merged(dtype=torch.float64)
+    tensors = {name: (0.99 * tensor).to(here.dtype) for name, tensor in merged.items()}
+    cause = here.cause(here.write(tensors), extracted=extracted)
+    assert cause["cause"] == "weights_scaled"
+    assert sorted(cause["evidence"]["parameters"]) == sorted(tensors)
+    for of_base, _ in cause["evidence"]["factors"].values():
+        assert of_base == pytest.approx(0.99, abs=1e-3)
+
+
+@in_both
+@pytest.mark.parametrize(("lines", "axis"), [("columns", 1), ("rows", 0)])
+def test_weights_scaled_line_by_line(lab, precision, lines, axis):
+    here = lab(precision=precision)
+    factors = torch.exp(torch.randn(32, generator=torch.Generator().manual_seed(0)) * 0.3).double()
+    tensors = here.merged(dtype=torch.float64)
+    scaled = [name for name in tensors if tensors[name].shape == (32, 32)]
+    for name in scaled:  # q_proj is adapted, o_proj is not
+        tensors[name] = tensors[name] * (factors if axis else factors[:, None])
+    tensors = {name: tensor.to(here.dtype) for name, tensor in tensors.items()}
+    cause = here.cause(here.write(tensors))
+    assert cause["cause"] == "weights_scaled"
+    assert cause["evidence"]["lines"] == lines
+    assert sorted(cause["evidence"]["parameters"]) == sorted(scaled)
+    for low, high in cause["evidence"]["factors"].values():
+        assert low == pytest.approx(float(factors.min()), rel=2e-3)
+        assert high == pytest.approx(float(factors.max()), rel=2e-3)
+
+
+@in_both
+def test_the_delta_alone_stored_as_a_model(lab, precision):
+    here = lab(precision=precision)
+    tensors = here.merged()
+    tensors |= {name: delta.to(here.dtype) for name, delta in here.deltas.items()}
+    cause = here.cause(here.write(tensors))
+    assert cause["cause"] == "weights_scaled"
+    assert "The base is missing in all 6 adapted parameters" in cause["sentence"]
+
+
+def toward_zero(tensor, dtype):
+    """The number of a 16-bit format next to each fp32 number that is no larger in size."""
+    nearest = tensor.to(dtype)
+    too_far = nearest.float().abs() > tensor.abs()
+    return torch.where(too_far, nearest.view(torch.int16) - 1, nearest.view(torch.int16)).view(
+        dtype
+    )
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("way", ["cut off", "stochastic"])
+@either_way
+def test_weights_rounded_otherwise_than_to_the_nearest(lab, precision, way, extracted):
+    here, generator = lab(precision=precision), torch.Generator().manual_seed(0)
+    tensors = {}
+    for name, merged in here.merged(dtype=torch.float32).items():
+        low = toward_zero(merged, here.dtype)
+        high = (low.view(torch.int16) + 1).view(here.dtype)
+        share = (merged - low.float()) / (high.float() - low.float())
+        up = torch.rand(share.shape, generator=generator) < share
+        tensors[name] = torch.where(up, high, low) if way == "stochastic" else low
+    causes = here.causes(here.write(tensors), extracted=extracted)
+    assert causes[0]["cause"] == "rounded_otherwise"
+    assert all(cause["cause"] in ("rounded_otherwise", "corrupted") for cause in causes)
+    assert ("toward zero, as by cutting" in causes[0]["sentence"]) == (way == "cut off")
+    matrices = {name for name in set(tensors) - set(here.names) if tensors[name].dim() > 1}
+    assert matrices <= set(causes[0]["evidence"]["parameters"])

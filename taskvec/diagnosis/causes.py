@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from taskvec.adapter import Adapter
 from taskvec.diagnosis.cause import Cause, counted, named, whole
 from taskvec.diagnosis.damage import damaged, overflow, partly_unmerged
@@ -22,6 +24,8 @@ def simple_causes(findings: Findings, adapter: Adapter) -> list[Cause]:
         *partly_unmerged(findings),
         *_lower_precision_base(findings),
         *_lower_precision_adapter(findings),
+        *_rounded_otherwise(findings),
+        *_rescaled(findings),
         *_transposed(findings),
         *_without_magnitudes(findings),
         *_misapplied(findings),
@@ -141,6 +145,65 @@ def _lower_precision_adapter(findings: Findings) -> list[Cause]:
         )
         for format, names in groups.items()
     ]
+
+
+def _rounded_otherwise(findings: Findings) -> list[Cause]:
+    causes = []
+    for how in dict.fromkeys(findings.rounded_otherwise.values()):
+        names = [name for name, found in findings.rounded_otherwise.items() if found == how]
+        sentence = (
+            f"Rounded otherwise than to the nearest number of {findings.format.name}: {how} (seen "
+            f"in {whole(names, findings)})."
+        )
+        causes.append(
+            Cause("rounded_otherwise", sentence, {"parameters": names, "how": how}, len(names))
+        )
+    return causes
+
+
+def _rescaled(findings: Findings) -> list[Cause]:
+    groups: dict[tuple[str | None, bool], list[str]] = {}
+    for name, item in findings.rescaled.items():
+        groups.setdefault((item.lines, item.of_base == 0), []).append(name)
+    causes = []
+    for (lines, alone), names in groups.items():
+        found = {name: findings.rescaled[name] for name in names}
+        base = [item.of_base for item in found.values()]
+        delta = [item.of_delta for name, item in found.items() if name in findings.adapted]
+        where = whole(names, findings)
+        if alone:
+            sentence = (
+                f"The base is missing in {where}: what is stored there is the adapter's delta "
+                "alone."
+            )
+        elif lines:
+            ends = [value for item in found.values() for value in (item.of_base, item.of_delta)]
+            sentence = (
+                f"The weights themselves were scaled in {where}: each of their {lines} by a factor "
+                f"of its own, {_between(ends)}, as SmoothQuant and AWQ fold the scales of "
+                "activations into them, and the inverse into the layer before."
+            )
+        else:
+            added = f", and the delta by {_between(delta)}" if delta else ""
+            sentence = (
+                f"The weights themselves were scaled in {where}: the base by {_between(base)}"
+                f"{added}, as decay, an average, or interpolation on a sphere (SLERP) leaves them."
+            )
+        evidence = {
+            "parameters": names,
+            "lines": lines,
+            "factors": {
+                name: [item.of_base, item.of_delta if name in findings.adapted or lines else None]
+                for name, item in found.items()
+            },
+        }
+        causes.append(Cause("weights_scaled", sentence, evidence, len(names)))
+    return causes
+
+
+def _between(values: Sequence[float]) -> str:
+    low, high = f"{min(values):.6g}", f"{max(values):.6g}"
+    return low if low == high else f"{low} to {high}"
 
 
 def _transposed(findings: Findings) -> list[Cause]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from taskvec.compare import UNEXPLAINED, Comparison, ParameterResult
 from taskvec.diagnosis.case import Case, unmerged_as
+from taskvec.diagnosis.casts import rounded_otherwise
 from taskvec.diagnosis.factors import FactorTest, factor_test, misplaced_from, shared_with
 from taskvec.diagnosis.magnitudes import misapplied
 from taskvec.diagnosis.merges import Agreement, WrongMerge, best_merge
@@ -22,6 +24,7 @@ from taskvec.diagnosis.outliers import (
 )
 from taskvec.diagnosis.partial import PartialMerge, partial_merge
 from taskvec.diagnosis.reordered import lines_reordered, weights_elsewhere
+from taskvec.diagnosis.rescaled import Rescaled, rescaled, rescaled_alike
 from taskvec.rounding import Format
 from taskvec.verdict import adapted, judge
 
@@ -41,6 +44,8 @@ class Findings:
         merges: adapted parameters that a wrong merge reproduces.
         factors: adapted parameters that are base + c * delta within rounding.
         misapplied: adapted DoRA parameters, and how their magnitudes were applied.
+        rounded_otherwise: parameters that were not rounded to the nearest number, and how.
+        rescaled: parameters whose weights were scaled, and how.
         misplaced: adapted parameters that got the update of another one, and whose.
         reordered: parameters that hold the weights of another one, and whose.
         reordered_lines: parameters whose rows or columns, or those of whose update, are in another
@@ -61,6 +66,8 @@ class Findings:
     merges: dict[str, Agreement] = field(default_factory=dict)
     factors: dict[str, FactorTest] = field(default_factory=dict)
     misapplied: dict[str, str] = field(default_factory=dict)
+    rounded_otherwise: dict[str, str] = field(default_factory=dict)
+    rescaled: dict[str, Rescaled] = field(default_factory=dict)
     misplaced: dict[str, str] = field(default_factory=dict)
     reordered: dict[str, str] = field(default_factory=dict)
     reordered_lines: dict[str, str] = field(default_factory=dict)
@@ -89,17 +96,34 @@ def examine(case: Case, results: Sequence[ParameterResult]) -> Findings:
     pairs = adapted(results)
     isolated = set(judge(results).isolated)
     findings = Findings(results, case.format)
-    for result, comparison in pairs:
+    off = [(r, c) for r, c in pairs if c.certificate.tally.violations or r.name in isolated]
+    others = [r for r in results if r.comparison is None and r.kind == UNEXPLAINED]
+    findings.rounded_otherwise = rounded_otherwise(case, [*(r for r, _ in off), *others])
+    for result, _ in pairs:
         if result.task_vector.non_finite:
             _sort_non_finite(case, result, findings)
-        if comparison.certificate.tally.violations or result.name in isolated:
+    for result, comparison in off:
+        if result.name not in findings.rounded_otherwise:
             _examine_adapted(case, result, comparison, findings)
     _find_misplaced(case, findings)
-    for result in results:
-        if result.comparison is None and result.kind == UNEXPLAINED:
+    for result in others:
+        if result.name not in findings.rounded_otherwise:
             _examine_unadapted(case, result, findings)
+    _find_rescaled(case, others, findings)
     _find_reordered(case, findings)
     return findings
+
+
+def _find_rescaled(case: Case, others: Sequence[ParameterResult], findings: Findings) -> None:
+    """Where weights were scaled as a whole, take what looks like damage to vectors for that."""
+    factors = [item.of_base for item in findings.rescaled.values() if item.lines is None]
+    vectors = {result.name: result for result in others if len(result.shape) == 1}
+    for outliers in list(findings.damage):
+        if factors and outliers.name in vectors:
+            by = statistics.median(factors)
+            if scaled := rescaled_alike(case, vectors[outliers.name], by):
+                findings.rescaled[outliers.name] = scaled
+                findings.damage.remove(outliers)
 
 
 def _find_misplaced(case: Case, findings: Findings) -> None:
@@ -169,6 +193,9 @@ def _examine_adapted(
     elif how := misapplied(case, result, comparison):
         findings.misapplied[result.name] = how
         return
+    elif scaled := rescaled(case, result):
+        findings.rescaled[result.name] = scaled
+        return
     elif part := partial_merge(case, result, comparison):
         findings.partial[result.name] = part
         return
@@ -212,6 +239,9 @@ def _examine_unadapted(case: Case, result: ParameterResult, findings: Findings) 
     if chain is not None:  # as it should be, but for what is not finite, or rounded twice
         if chain not in ((), (case.format_of(result.name),)):
             findings.rounded[result.name] = chain
+        return
+    if scaled := rescaled(case, result):
+        findings.rescaled[result.name] = scaled
         return
     outliers = damage_of_unadapted(case, result.name)
     if outliers.sparse_zeros:
