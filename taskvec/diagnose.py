@@ -48,7 +48,7 @@ def diagnose(
         rounded_otherwise, transposed, magnitudes_left_out, magnitudes_misapplied, misplaced,
         reordered, tied, merged_and_unmerged, thinned_out, truncated, pruned, quantised,
         lower_precision_base, lower_precision_adapter, wrong_base, other_adapter,
-        additional_adapter, further_training, corrupted, overflow, unknown.
+        additional_adapter, further_training, clipped, corrupted, overflow, unknown.
     """
     format = adapted(results)[0][1].certificate.format
     case = Case(base, adapter, vector, device, format)

@@ -202,6 +202,20 @@ def test_a_merged_model_that_went_through_eight_bits(lab, precision, group):
     assert "The merged model was quantised" in cause["sentence"]
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("scale", [1.0, 0.0123])
+def test_a_merged_model_that_went_through_fp8(lab, precision, scale):
+    here = lab(precision=precision)
+    tensors = here.merged()
+    for name, tensor in tensors.items():
+        if "proj" in name:
+            stored = (tensor.float() / scale).to(torch.float8_e4m3fn)
+            tensors[name] = (stored.float() * scale).to(here.dtype)
+    cause = here.cause(here.write(tensors))
+    assert cause["cause"] == "quantised"
+    assert cause["evidence"]["format"] == "8-bit"
+
+
 def test_what_a_failed_merge_is_off_by_is_not_called_rounding(lab):
     here = lab()
     cost = here.compare(here.model(lambda n: 3 * here.deltas[n] if n in here.deltas else None))
@@ -360,3 +374,20 @@ def test_weights_rounded_otherwise_than_to_the_nearest(lab, precision, way, extr
     assert ("toward zero, as by cutting" in causes[0]["sentence"]) == (way == "cut off")
     matrices = {name for name in set(tensors) - set(here.names) if tensors[name].dim() > 1}
     assert matrices <= set(causes[0]["evidence"]["parameters"])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@either_way
+def test_weights_clipped_to_a_largest_value(lab, precision, extracted):
+    here = lab(precision=precision)
+    whole = here.merged()
+    matrices = {name: weight for name, weight in whole.items() if weight.dim() > 1}
+    tensors = {name: weight.clamp(-0.15, 0.15) for name, weight in matrices.items()}
+    cut = {name for name in tensors if bool((tensors[name] != whole[name]).any())}
+    cause = here.cause(here.write({**whole, **tensors}), extracted=extracted)
+    assert cause["cause"] == "clipped"
+    assert set(cause["evidence"]["parameters"]) == cut
+    count = sum(int((tensors[name] != whole[name]).sum()) for name in cut)
+    # in 16 bits some lie so near to the limit that rounding alone may have taken them there
+    assert 0.95 * count <= cause["evidence"]["elements"] <= count
+    assert f"Clipped: {cause['evidence']['elements']:,} elements of" in cause["sentence"]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from taskvec.adapter import Adapter
 from taskvec.diagnosis.cause import Cause, counted, named, whole
-from taskvec.diagnosis.damage import damaged, overflow, partly_unmerged
+from taskvec.diagnosis.damage import clipped, damaged, overflow, partly_unmerged
 from taskvec.diagnosis.factors import FactorTest
 from taskvec.diagnosis.findings import Findings
 from taskvec.diagnosis.merges import REMERGED, UNMERGED_AGAIN
@@ -36,6 +36,7 @@ def simple_causes(findings: Findings, adapter: Adapter) -> list[Cause]:
         *_shared(findings),
         *_unmerged_again(findings),
         *scaled(findings, adapter),
+        *clipped(findings),
         *damaged(findings),
     ]
 

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from taskvec.diagnosis.cause import Cause, counted, named
+from taskvec.diagnosis.cause import Cause, counted, named, whole
 from taskvec.diagnosis.findings import Findings
 from taskvec.diagnosis.outliers import Outliers
 from taskvec.rounding import FP16, FP32
 from taskvec.verdict import adapted
+
+_FEW = 8
 
 
 def overflow(findings: Findings) -> list[Cause]:
@@ -38,8 +40,30 @@ def partly_unmerged(findings: Findings) -> list[Cause]:
     return [Cause("some_modules_not_merged", sentence, _places(parts), len(parts))]
 
 
+def clipped(findings: Findings) -> list[Cause]:
+    found = _clipped(findings)
+    if not found:
+        return []
+    names = [outliers.name for outliers in found]
+    count, limits = sum(outliers.count for outliers in found), [o.most for o in found]
+    low, high = f"{min(limits):.6g}", f"{max(limits):.6g}"
+    sentence = (
+        f"Clipped: {count:,} elements of {whole(names, findings)} are cut to "
+        f"±{low if low == high else f'{low} to ±{high}'}, where base + adapter lies beyond; the "
+        "rest is what it gives."
+    )
+    return [Cause("clipped", sentence, _places(found), len(found))]
+
+
+def _clipped(findings: Findings) -> list[Outliers]:
+    """More than a few together, or else one or two that chance made alike are damage."""
+    found = [outliers for outliers in findings.damage if outliers.clipped]
+    return found if sum(outliers.count for outliers in found) > _FEW else []
+
+
 def damaged(findings: Findings) -> list[Cause]:
-    damage = [outliers for outliers in findings.damage if not outliers.unmerged]
+    apart = {id(outliers) for outliers in _clipped(findings)}
+    damage = [o for o in findings.damage if not o.unmerged and id(o) not in apart]
     if not damage:
         return []
     damage.sort(key=lambda outliers: -outliers.count)

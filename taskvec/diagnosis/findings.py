@@ -178,7 +178,7 @@ def _examine_adapted(
         if not outliers.count:
             findings.marginal.append(result)
             return
-        if outliers.few or outliers.together:
+        if outliers.clipped or outliers.few or outliers.together:
             findings.damage.append(outliers)
             return
         if part := partial_merge(case, result, comparison):
@@ -202,7 +202,8 @@ def _examine_adapted(
     elif 2 * tally.violations <= result.elements:
         finder = out_of_bounds(case, result, comparison)
         outliers = locate(case, result.name, finder)
-        if outliers.together or (outliers.few and tally.max_ratio >= _FAR):
+        far = outliers.few and tally.max_ratio >= _FAR
+        if outliers.clipped or outliers.together or far:
             findings.damage.append(outliers)
             return
         if outliers.count <= _FEW:
@@ -246,7 +247,7 @@ def _examine_unadapted(case: Case, result: ParameterResult, findings: Findings) 
     outliers = damage_of_unadapted(case, result.name)
     if outliers.sparse_zeros:
         findings.zeroed.append(outliers)
-    elif outliers.few or outliers.together:
+    elif outliers.clipped or outliers.few or outliers.together:
         findings.damage += [outliers] if outliers.count else []
     elif source := shared_with(case, result):
         findings.shared[result.name] = source

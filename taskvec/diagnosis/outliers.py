@@ -38,6 +38,9 @@ class Outliers:
         first, last: their range in storage order.
         unmoved: those that have the value of the base.
         zeros: those that are 0.
+        nearer: those that are nearer to 0 than they should be.
+        least: of their absolute values.
+        most: of the absolute values of all elements.
         shown: the first few, as JSON.
         recipe: what gives every other element bit for bit; None where that is not known.
     """
@@ -51,6 +54,9 @@ class Outliers:
     last: int = -1
     unmoved: int = 0
     zeros: int = 0
+    nearer: int = 0
+    least: float = math.inf
+    most: float = 0.0
     shown: list[dict[str, Any]] = field(default_factory=list)
     recipe: str | None = None
 
@@ -75,6 +81,12 @@ class Outliers:
     def unmerged(self) -> bool:
         """A part that the merge left out, rather than damage."""
         return self.count > _FEW and self.unmoved == self.count
+
+    @property
+    def clipped(self) -> bool:
+        """Cut to one largest value, to within what the rounding of T can do to it."""
+        largest = self.least * (1 + 2.0**-20) >= self.most > 0
+        return 2 <= self.count == self.nearer and largest and math.isfinite(self.most)
 
     @property
     def sparse_zeros(self) -> bool:
@@ -103,7 +115,10 @@ class Outliers:
         rows = flat.any(1).nonzero().flatten()
         self.rows.update((rows + block.start).tolist())
         self.columns.update(flat.any(0).nonzero().flatten().tolist())
-        self.zeros += int((wrong & (merged_rows(block) == 0)).sum())
+        merged = merged_rows(block)
+        self.zeros += int((wrong & (merged == 0)).sum())
+        self.nearer += int((wrong & (merged.abs() < expected.abs())).sum())
+        self.least = min(self.least, float(merged[wrong].abs().min()))
         first, last = int(rows[0]), int(rows[-1])
         if self.first < 0:
             self.first = (block.start + first) * self.width + int(flat[first].nonzero()[0])
@@ -138,6 +153,7 @@ def locate(case: Case, name: str, find: Finder) -> Outliers:
         wrong, expected = find(block)
         outliers.add(block, wrong, block.subtracted.double() + expected.double())
         unmoved = subtract_rows(format.round(wide(block.base)), block.subtracted)
+        outliers.most = max(outliers.most, float(merged_rows(block).abs().max()))
         outliers.unmoved += int((wrong & (block.task_vector == unmoved)).sum())
         if 2 * outliers.count > info.elements:
             break
