@@ -24,7 +24,6 @@ EITHER_WAY = (
     "format's spacing before it"
 )
 _OFTEN = 0.1  # of the elements that had to be rounded; of stochastic rounding it is a quarter
-_LEAST = 3
 _SIGMAS = 4.0
 
 
@@ -35,19 +34,24 @@ def rounded_otherwise(case: Case, results: Sequence[ParameterResult]) -> dict[st
     """
     found: dict[str, str] = {}
     for result in sorted(results, key=lambda result: len(result.shape) < 2):
-        how = _rounded(case, result.name)
+        if len(result.shape) > 1:
+            how = _rounded(case, result.name, often=_OFTEN)
+        elif found:
+            how = _rounded(case, result.name, often=0.0)
+        else:
+            break
         if how and (len(result.shape) > 1 or how in found.values()):
             found[result.name] = how
     return found
 
 
-def _rounded(case: Case, name: str) -> str | None:
+def _rounded(case: Case, name: str, *, often: float) -> str | None:
     """How a parameter was rounded, if every element was, and not to the nearest number."""
     format = case.format_of(name)
     if format is FP32:
         return None
     update = case.update(name) if name in case.adapter.scalings else None
-    found = _Roundings()
+    found = _Roundings(often)
     for block in case.blocks(name):
         if not found.add(case, name, update, block):
             return None
@@ -55,17 +59,21 @@ def _rounded(case: Case, name: str) -> str | None:
 
 
 class _Roundings:
-    """Counts where M lies beside the exact W + delta, in units of the format's spacing."""
+    """Counts where M lies beside the exact W + delta, in units of the format's spacing.
 
-    def __init__(self) -> None:
-        self.toward_zero = True
+    Args:
+        often: which share of what had to be rounded must not have gone to the nearest number.
+    """
+
+    def __init__(self, often: float) -> None:
+        self._often, self.toward_zero = often, True
         self.inexact = self.far = 0
         self._along = self._variance = 0.0
 
     @property
     def how(self) -> str | None:
         """None where it was to the nearest, but for a few."""
-        if self.far < max(_LEAST, _OFTEN * self.inexact):
+        if not self.far or self.far < self._often * self.inexact:
             return None
         if self.toward_zero:
             return TOWARD_ZERO

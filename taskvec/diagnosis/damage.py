@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -12,7 +13,7 @@ from taskvec.diagnosis.outliers import Outliers
 from taskvec.rounding import FP16, FP32
 from taskvec.verdict import adapted
 
-_FEW = 8
+_FEW = 8  # elements that are cut to one value may be so by chance, or by damage
 
 
 def overflow(findings: Findings) -> list[Cause]:
@@ -56,9 +57,10 @@ def clipped(findings: Findings) -> list[Cause]:
 
 
 def _clipped(findings: Findings) -> list[Outliers]:
-    """More than a few together, or else one or two that chance made alike are damage."""
+    """Single elements that are the largest of their parameters are that by chance, or damage."""
     found = [outliers for outliers in findings.damage if outliers.clipped]
-    return found if sum(outliers.count for outliers in found) > _FEW else []
+    limits = [outliers.most for outliers in found if outliers.count > _FEW]
+    return [o for o in found if any(math.isclose(o.most, limit, rel_tol=1e-6) for limit in limits)]
 
 
 def damaged(findings: Findings) -> list[Cause]:

@@ -115,15 +115,18 @@ def examine(case: Case, results: Sequence[ParameterResult]) -> Findings:
 
 
 def _find_rescaled(case: Case, others: Sequence[ParameterResult], findings: Findings) -> None:
-    """Where weights were scaled as a whole, take what looks like damage to vectors for that."""
+    """Where weights were scaled as a whole, take what is left of vectors for that."""
     factors = [item.of_base for item in findings.rescaled.values() if item.lines is None]
-    vectors = {result.name: result for result in others if len(result.shape) == 1}
-    for outliers in list(findings.damage):
-        if factors and outliers.name in vectors:
-            by = statistics.median(factors)
-            if scaled := rescaled_alike(case, vectors[outliers.name], by):
-                findings.rescaled[outliers.name] = scaled
-                findings.damage.remove(outliers)
+    if not factors:
+        return
+    by, apart = statistics.median(factors), {result.name for result in findings.changed}
+    apart |= {outliers.name for outliers in findings.damage}
+    for result in others:
+        alike = len(result.shape) == 1 and result.name in apart
+        if alike and (scaled := rescaled_alike(case, result, by)):
+            findings.rescaled[result.name] = scaled
+    findings.damage = [o for o in findings.damage if o.name not in findings.rescaled]
+    findings.changed = [r for r in findings.changed if r.name not in findings.rescaled]
 
 
 def _find_misplaced(case: Case, findings: Findings) -> None:

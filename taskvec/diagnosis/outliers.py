@@ -84,9 +84,9 @@ class Outliers:
 
     @property
     def clipped(self) -> bool:
-        """Cut to one largest value, to within what the rounding of T can do to it."""
+        """Cut to the largest value, to within what the rounding of T can do to it."""
         largest = self.least * (1 + 2.0**-20) >= self.most > 0
-        return 2 <= self.count == self.nearer and largest and math.isfinite(self.most)
+        return 0 < self.count == self.nearer and largest and math.isfinite(self.most)
 
     @property
     def sparse_zeros(self) -> bool:

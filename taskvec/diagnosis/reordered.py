@@ -15,7 +15,7 @@ from taskvec.certificate import Block
 from taskvec.compare import ParameterResult
 from taskvec.diagnosis.case import Case, merged_rows, wide
 from taskvec.diagnosis.factors import FactorTest
-from taskvec.diagnosis.permuted import permuted
+from taskvec.diagnosis.permuted import MOVED, permuted
 from taskvec.rounding import NARROW_FORMATS, U32, half_ulp, subtract_rows
 
 WEIGHTS, UPDATE = "of the weights", "of the update alone"
@@ -111,7 +111,7 @@ class _Products:
         there, expected, variance = found
         size, doubt = _RESOLVED * expected.std(), variance.max().sqrt()
         gap = (there.sort(0).values - expected.sort(0).values).abs().max()
-        moved = (there - expected).abs().max() > size
+        moved = ((there - expected) ** 2).mean() > MOVED * expected.var()
         return bool(moved) and bool(gap <= doubt) and bool(doubt < size)
 
 

@@ -61,7 +61,8 @@ def rescaled_alike(case: Case, result: ParameterResult, by: float) -> Rescaled |
     """
     factor, none = torch.tensor(by).double(), torch.zeros(()).double()
     factor, none = factor.to(case.device), none.to(case.device)
-    if _explains(case, result, _Fit(None, factor, none, none, none)):
+    doubt = (factor - 1).abs() / (2 * _SIGMAS)
+    if _explains(case, result, _Fit(None, factor, none, doubt, none)):
         return Rescaled(None, by, 1.0)
     return None
 
