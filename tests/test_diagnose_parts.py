@@ -116,6 +116,29 @@ def test_rows_of_the_weights_in_another_order(lab, precision):
     assert sorted(cause["evidence"]["rows_of"]) == sorted(names)
 
 
+@in_both
+@either_way
+def test_whole_weights_stored_transposed(lab, precision, extracted):
+    here = lab(precision=precision)
+    tensors = here.merged()
+    square = [name for name in tensors if tensors[name].shape == (32, 32)]
+    assert {"q_proj", "o_proj"} == {name.split(".")[-2] for name in square}  # o_proj: not adapted
+    tensors |= {name: tensors[name].T for name in square}
+    cause = here.cause(here.write(tensors), extracted=extracted)
+    assert cause["cause"] == "transposed" and cause["evidence"]["whole_weights"]
+    assert sorted(cause["evidence"]["parameters"]) == sorted(square)
+    assert "The weights are stored transposed in" in cause["sentence"]
+
+
+def test_tokens_in_another_order(lab):
+    here = lab(precision="bf16")
+    tensors = here.merged()
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].roll(1, 0)
+    cause = here.cause(here.write(tensors))
+    assert cause["cause"] == "reordered"
+    assert cause["sentence"].endswith("as where the tokens are numbered otherwise.")
+
+
 @pytest.mark.parametrize(("lines", "axis"), [("rows", 0), ("columns", 1)])
 @pytest.mark.parametrize(
     ("family", "precision", "scale"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from taskvec.adapter import Adapter
@@ -11,9 +12,12 @@ from taskvec.diagnosis.factors import FactorTest
 from taskvec.diagnosis.findings import Findings
 from taskvec.diagnosis.merges import REMERGED, UNMERGED_AGAIN
 from taskvec.diagnosis.partly import partly_merged
+from taskvec.diagnosis.reordered import TURNED
 from taskvec.diagnosis.scalings import scaled
 from taskvec.rounding import FP16, Format
 from taskvec.verdict import adapted
+
+_OF_TOKENS = re.compile(r"embed|\bwte\b|lm_head")
 
 
 def simple_causes(findings: Findings, adapter: Adapter) -> list[Cause]:
@@ -284,11 +288,24 @@ def _reordered_lines(findings: Findings) -> list[Cause]:
     causes = []
     for what in dict.fromkeys(findings.reordered_lines.values()):
         names = [name for name, found in findings.reordered_lines.items() if found == what]
-        sentence = (
-            f"The {what} are in another order in {whole(names, findings)}, as where the heads of "
-            "an attention are laid out otherwise (Meta's or GGUF's for rotary embeddings, fused "
-            "projections)."
+        if what == TURNED:
+            sentence = (
+                f"The weights are stored transposed in {whole(names, findings)}: (in, out) where "
+                "the base has (out, in), or the reverse."
+            )
+            evidence = {"parameters": names, "whole_weights": True}
+            causes.append(Cause("transposed", sentence, evidence, len(names)))
+            continue
+        tokens = all(_OF_TOKENS.search(name) for name in names)
+        why = (
+            "the tokens are numbered otherwise"
+            if tokens
+            else (
+                "the heads of an attention are laid out otherwise (Meta's or GGUF's for rotary "
+                "embeddings, fused projections)"
+            )
         )
+        sentence = f"The {what} are in another order in {whole(names, findings)}, as where {why}."
         evidence = {f"{what.split()[0]}_of": names}
         causes.append(Cause("reordered", sentence, evidence, len(names)))
     return causes

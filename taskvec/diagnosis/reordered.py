@@ -17,11 +17,13 @@ from taskvec.diagnosis.case import Case, merged_rows, wide
 from taskvec.diagnosis.factors import FactorTest
 from taskvec.diagnosis.permuted import MOVED, permuted
 from taskvec.rounding import NARROW_FORMATS, U32, half_ulp, subtract_rows
+from taskvec.update import Update
 
-WEIGHTS, UPDATE = "of the weights", "of the update alone"
+WEIGHTS, UPDATE, TURNED = "of the weights", "of the update alone", "turned"
 
 _LEAST_LINES, _PROJECTIONS = 16, 4
 _ROUNDINGS = 4  # half ulps: more than a sum of many independent rounding errors comes to
+_TURNED = 1 << 24  # elements of columns that are kept at a time
 _RESOLVED = (
     0.05  # the sorted products of other rows are farther apart than this share of their size
 )
@@ -53,6 +55,8 @@ def weights_elsewhere(case: Case, results: Sequence[ParameterResult]) -> dict[st
 def lines_reordered(case: Case, result: ParameterResult) -> str | None:
     """What lies in another order: rows or columns "of the weights" or "of the update alone".
 
+    `TURNED` where rows and columns of the weights have changed places.
+
     The rows of two matrices are the same ones if their products with any vector are, once sorted;
     it is tried with a few vectors. Rounding blurs the products of a small update, of which
     `taskvec.diagnosis.permuted` asks more.
@@ -62,6 +66,8 @@ def lines_reordered(case: Case, result: ParameterResult) -> str | None:
         return None
     products = {what: _Products(result.shape, case.device) for what in (WEIGHTS, UPDATE)}
     update = case.update(result.name) if result.comparison is not None else None
+    if result.shape[0] == result.shape[1] and _is_turned(case, result.name, update):
+        return TURNED
     for block in case.blocks(result.name):
         base, merged = block.subtracted.double(), merged_rows(block)
         delta = update.exact(block.start, block.stop) if update else torch.zeros_like(base)
@@ -73,6 +79,29 @@ def lines_reordered(case: Case, result: ParameterResult) -> str | None:
             if count >= _LEAST_LINES and found.are_reordered(lines):
                 return f"{lines} {what}"
     return permuted(case, result.name, update)
+
+
+def _is_turned(case: Case, name: str, update: Update | None) -> bool:
+    """Whether M is (W + delta)ᵀ within rounding; a few rows are enough to refute it."""
+    format, side = case.format_of(name), case.base.tensors[name].rows
+    expected, first, step = torch.zeros(0), 0, 0  # columns of W + delta, as rows from `first` on
+    for block in case.probe_first(name):
+        if not first <= block.start < block.stop <= first + len(expected):
+            first, last = block.start, max(block.stop, block.start + step)
+            columns = [_total(rows, update)[:, first:last] for rows in case.blocks(name)]
+            expected, step = torch.cat(columns).T, _TURNED // side
+        merged, wanted = merged_rows(block), expected[block.start - first : block.stop - first]
+        size = wanted.abs() + block.subtracted.double().abs()  # T is rounded to that of both
+        allowed = 2 * _ROUNDINGS * half_ulp(merged, format) + _ROUNDINGS * U32 * size
+        if not bool(((merged - wanted).abs() <= allowed).all()):
+            return False
+    return not bool((expected == expected[0, 0]).all())
+
+
+def _total(block: Block, update: Update | None) -> torch.Tensor:
+    """Rows of W + delta, float64."""
+    base = block.subtracted.double()
+    return base if update is None else base + update.exact(block.start, block.stop)
 
 
 class _Products:
