@@ -88,7 +88,7 @@ def _is_turned(case: Case, name: str, update: Update | None) -> bool:
     for block in case.probe_first(name):
         if not first <= block.start < block.stop <= first + len(expected):
             first, last = block.start, max(block.stop, block.start + step)
-            columns = [_total(rows, update)[:, first:last] for rows in case.blocks(name)]
+            columns = [_total(rows, update)[:, first:last].clone() for rows in case.blocks(name)]
             expected, step = torch.cat(columns).T, _TURNED // side
         merged, wanted = merged_rows(block), expected[block.start - first : block.stop - first]
         size = wanted.abs() + block.subtracted.double().abs()  # T is rounded to that of both
