@@ -4,6 +4,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import compare_lora_task_vector
+import merge_lora
+from tests.adapter_kinds import make_kind
+from tests.checks import edit_tensors
 from tests.lab import Lab
 
 in_both = pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -414,3 +418,51 @@ def test_weights_clipped_to_a_largest_value(lab, precision, extracted):
     # in 16 bits some lie so near to the limit that rounding alone may have taken them there
     assert 0.95 * count <= cause["evidence"]["elements"] <= count
     assert f"Clipped: {cause['evidence']['elements']:,} elements of" in cause["sentence"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_dora_merged_twice(lab, precision):
+    here = lab(precision=precision, use_dora=True)
+    once, twice = here.path(), here.path()
+    merge_lora.merge(str(here.base), str(here.lora), once, precision=precision, device="cpu")
+    merge_lora.merge(str(once), str(here.lora), twice, precision=precision, device="cpu")
+    cause = here.cause(twice)
+    assert cause["cause"] == "scaled"
+    assert "merged twice, the second time with the norms of the first result" in cause["sentence"]
+    assert sorted(cause["evidence"]["parameters"]) == sorted(here.names)
+
+
+@pytest.mark.parametrize("factor", [2.0, 3.0])
+def test_a_rounded_task_vector_that_was_scaled(lab, factor):
+    """What bf16 took in the merge is scaled with it: no bound of one sum holds."""
+    here = lab(precision="bf16", stored="bf16")
+    tensors = here.merged()
+    for name in here.names:
+        T = tensors[name].double() - here.weights[name].double()
+        tensors[name] = (here.weights[name].double() + factor * T).bfloat16()
+    for cause in here.causes(here.write(tensors)):
+        assert cause["cause"] == "scaled"
+        assert cause["evidence"]["factor"] == pytest.approx(factor, rel=0.02)
+
+
+def test_experts_whose_rounded_task_vector_was_scaled(tiny, tmp_path):
+    base, adapter = make_kind(tiny, "experts")
+    merge_lora.merge(str(base), str(adapter), tmp_path / "m", precision="bf16", device="cpu")
+    W = load_file(base / "model.safetensors")
+
+    def scale(tensors):
+        for name in tensors:
+            T = tensors[name].double() - W[name].double()
+            tensors[name] = (W[name].double() + 2 * T).bfloat16()
+
+    edit_tensors(tmp_path / "m" / "model.safetensors", scale)
+    found = compare_lora_task_vector.compare(
+        str(base),
+        str(adapter),
+        tmp_path / "c",
+        finetuned_model=str(tmp_path / "m"),
+        generate_plots=False,
+        device="cpu",
+    )
+    assert found.summary["certificate"]["verdict"] == "violated"
+    assert found.summary["certificate"]["diagnosis"]

@@ -26,6 +26,7 @@ from taskvec.rounding import (
     subtract_rows,
 )
 from taskvec.update import Update
+from taskvec.updates.dora import Dora
 from taskvec.updates.products import LowRank
 
 # Of the elements that moved, a wrong hypothesis misses about half or more; the right one misses
@@ -68,7 +69,9 @@ class WrongMerge:
         if self.base_format is not None:
             merged = self.base_format.round(wide(merged))
         if not isinstance(update, LowRank):
-            merged = update.merged(self.recipe, merged, block.start, block.stop, self.format)
+            for _ in self.scalings:
+                merged = update.merged(self.recipe, merged, block.start, block.stop, self.format)
+                update = _onto_its_result(update, self.recipe, self.format)
             return subtract_rows(merged, block.subtracted)
         update = turned(update) if self.transposed else update
         format = self.delta_format or self.format
@@ -177,17 +180,33 @@ def turned(update: LowRank) -> LowRank:
     return replace(update, transposed=not update.transposed, stored=update.shape)
 
 
+def _onto_its_result(update: Update, recipe: Recipe, format: Format) -> Update:
+    """The same update for what it made of the base; of DoRA, the norms are those of that."""
+    if not isinstance(update, Dora):
+        return update
+    first = update
+
+    def base(start: int, stop: int) -> torch.Tensor:
+        return first.merged(recipe, first.base(start, stop), start, stop, format)
+
+    return replace(first, base=base, _kept={})
+
+
 def _of_any_kind(update: Update, recipes: Sequence[Recipe], format: Format) -> Iterator[WrongMerge]:
-    """What can go wrong whatever is done to a parameter: a base or a result that was rounded."""
+    """What can go wrong whatever is done: twice, or a base or a result that was rounded."""
     s = (update.scaling or 0.0,)
     for recipe in recipes:
         yield WrongMerge(s, (), recipe, format, wrong=False)
+    if isinstance(update, Dora):
+        for recipe in recipes:
+            yield WrongMerge(2 * s, (DORA_TWICE,), recipe, format)
     for lower, recipe in itertools.product(lower_formats(format), recipes):
         yield WrongMerge(s, (), recipe, format, base_format=lower)
         yield WrongMerge(s, (), recipe, lower)
 
 
 TWICE = "merged twice, or alpha doubled"
+DORA_TWICE = "merged twice, the second time with the norms of the first result"
 THRICE = "merged three times"
 UNMERGED_AGAIN = "merged and unmerged again"
 REMERGED = "merged, unmerged and merged again"

@@ -190,7 +190,10 @@ def _kind(
     if whole.low and whole.rank:
         explained = sums.product**2 / sums.delta_squared if sums.delta_squared else 0.0
         residual = whole.squared_norm - explained
-        if overlap >= _SAME_SUBSPACE and residual <= _MARGIN * whole.noise_energy:
+        # A task vector that was scaled after it was rounded has that rounding scaled as well.
+        times = max(1.0, sums.product / sums.delta_squared) if sums.delta_squared else 1.0
+        noise = whole.noise_energy * (1 + times**2) / _ROUNDINGS
+        if overlap >= _SAME_SUBSPACE and residual <= _MARGIN * noise:
             return RESCALED
         return OTHER
     return FURTHER if slope.contained else UNRELATED

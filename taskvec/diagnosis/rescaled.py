@@ -17,6 +17,7 @@ import torch
 from taskvec.certificate import Block
 from taskvec.compare import ParameterResult
 from taskvec.diagnosis.case import Case, merged_rows
+from taskvec.header import row_shape
 from taskvec.rounding import U32, half_ulp, rounding_error
 
 _LEAST = 16  # elements of a line, or of a vector, from which a factor is taken
@@ -96,7 +97,9 @@ class _Sums:
         self.adapted = result.comparison is not None
         format = case.format_of(result.name)
         rows, of_all = [], torch.zeros(7, dtype=torch.float64, device=case.device)
-        self._columns = torch.zeros(3, math.prod(result.shape[1:]), device=case.device).double()
+        self._columns = torch.zeros(
+            3, math.prod(row_shape(result.shape)), device=case.device
+        ).double()
         for block in case.blocks(result.name):
             base, delta, merged = _matrices(case, result, block)
             noise, total = half_ulp(merged, format) ** 2 / 3, base + delta
