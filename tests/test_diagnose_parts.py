@@ -447,22 +447,25 @@ def test_a_rounded_task_vector_that_was_scaled(lab, factor):
 
 def test_experts_whose_rounded_task_vector_was_scaled(tiny, tmp_path):
     base, adapter = make_kind(tiny, "experts")
-    merge_lora.merge(str(base), str(adapter), tmp_path / "m", precision="bf16", device="cpu")
+    model = tmp_path / "m"
+    merged = merge_lora.merge(str(base), str(adapter), model, precision="bf16", device="cpu")
     W = load_file(base / "model.safetensors")
 
     def scale(tensors):
-        for name in tensors:
+        for name in merged.changed_parameters:
             T = tensors[name].double() - W[name].double()
             tensors[name] = (W[name].double() + 2 * T).bfloat16()
 
-    edit_tensors(tmp_path / "m" / "model.safetensors", scale)
+    edit_tensors(model / "model.safetensors", scale)
     found = compare_lora_task_vector.compare(
         str(base),
         str(adapter),
         tmp_path / "c",
-        finetuned_model=str(tmp_path / "m"),
+        finetuned_model=str(model),
         generate_plots=False,
         device="cpu",
     )
     assert found.summary["certificate"]["verdict"] == "violated"
-    assert found.summary["certificate"]["diagnosis"]
+    for cause in found.summary["certificate"]["diagnosis"]:
+        assert cause["cause"] == "scaled"
+        assert cause["evidence"]["factor"] == pytest.approx(2, rel=0.1)

@@ -315,8 +315,8 @@ def _additional_adapter(found: _Kind) -> tuple[str, str]:
 
 def _rescaled(found: _Kind) -> tuple[str, str]:
     return "scaled", (
-        f"The adapter was scaled by about {found.slope.value:.3g} in {found.where}: the "
-        f"task vector lies in the delta's subspace ({_estimate(found.slope)})."
+        f"The adapter was scaled by about {found.slope.value:.3g} in {found.where}: the task "
+        f"vector points where the delta does ({_estimate(found.slope)})."
     )
 
 
