@@ -97,8 +97,8 @@ def combine(
     from extract_task_vectors import SUMMARY, summarise
     from taskvec.arithmetic.combine import write_combination
     from taskvec.arithmetic.several import open_task_vectors
+    from taskvec.kinds import TASK_VECTOR_FILE
     from taskvec.output import output_directory, write_json
-    from taskvec.taskvector import TASK_VECTOR_FILE
 
     with (
         open_task_vectors(task_vectors) as vectors,

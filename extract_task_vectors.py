@@ -91,16 +91,11 @@ def extract(
     import torch
 
     from taskvec.checkpoint import open_checkpoint
+    from taskvec.kinds import BASE_PRECISION, MERGED_PRECISION, TASK_VECTOR_FILE
     from taskvec.names import aligned
     from taskvec.output import output_directory, write_json
     from taskvec.rounding import FORMATS
-    from taskvec.taskvector import (
-        BASE_PRECISION,
-        MERGED_PRECISION,
-        TASK_VECTOR_FILE,
-        FormedTaskVector,
-        precision_of,
-    )
+    from taskvec.taskvector import FormedTaskVector, precision_of
     from taskvec.tensorfile import TensorFileWriter
     from taskvec.workers import for_each
 

@@ -93,7 +93,7 @@ def bound_rows(
     """What |T - delta| may be, element by element, if M was merged by a recipe of the family.
 
     |T - delta| <= h_p(M)                          the merged weight is stored in p
-                 + u32 |T|                         T = fl32(M - W)
+                 + u32 |T|                         T = fl32(M - W), of W as it was subtracted
                  + `Update.error`                  what is added is computed in fp32
                  + `Update.base_error`             W was rounded in the merge or for T, not in both
 
@@ -103,9 +103,9 @@ def bound_rows(
 
     Args:
         delta: rows of the update in float64.
-        merged, base: rows of M and of what was subtracted from it, both float64 or both fp32,
-            which is also what the bound is computed in.
-        base_format: what that base was rounded to before; None: as stored.
+        merged, base: rows of M and of W as it is stored, both float64 or both fp32, which is also
+            what the bound is computed in.
+        base_format: what W was rounded to before it was subtracted; None: as stored.
         moved: |T| in their dtype, where it is at hand: it bounds the rounding of T as |M - W| does,
             by which it is replaced otherwise.
         recovered: M is not known but by its difference from W; then |T| counts eight times, which
@@ -115,7 +115,8 @@ def bound_rows(
         rows in their dtype, positive.
     """
     bound = rounding_error(merged, format)
-    moved = (merged - base).abs_() if moved is None else moved
+    if moved is None:
+        moved = (merged - (base if base_format is None else base_format.round(base))).abs_()
     bound.add_(moved, alpha=8 * U32 if recovered else U32)
     bound += update.error(family, start, stop, delta=delta, base=base, format=format)
     of_base = update.base_error(family, base, base_format, format)

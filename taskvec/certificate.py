@@ -139,6 +139,10 @@ class ParameterCertificate:
         """Names of the recipes that give every bit."""
         return self.search.reproduced_by
 
+    def tally_of(self, recipe: str) -> RecipeTally:
+        """How far the recipe of that name reproduces it."""
+        return next(tally for tally in self.search.tallies if recipe in tally.names)
+
     @property
     def violations(self) -> int:
         """Elements out of bounds, NaN or infinite."""
@@ -240,6 +244,7 @@ class ParameterCertificate:
         self, block: Block, difference: Difference, merged: torch.Tensor, error: torch.Tensor
     ) -> torch.Tensor:
         """Count violations of |T - delta|, fp32; returns its bound, fp32."""
+        base = (block.subtracted if self.base_format is None else block.base).float()
         while True:
             tally = self.tally
             bound = bound_rows(
@@ -250,7 +255,7 @@ class ParameterCertificate:
                 delta=difference.delta,
                 merged=merged,
                 moved=difference.size,
-                base=block.subtracted.float(),
+                base=base,
                 base_format=self.base_format,
                 format=self.format,
                 recovered=block.merged is None,

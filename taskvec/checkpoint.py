@@ -20,6 +20,7 @@ import torch
 from taskvec.adapters.files import CONFIG_FILE, PICKLED_FILE, WEIGHTS_FILE
 from taskvec.cli import UserError
 from taskvec.header import TensorInfo, without_duplicates
+from taskvec.kinds import MODEL, mistaken_directory, mistaken_file
 from taskvec.tensorfile import StoredTensor, TensorFile
 from taskvec.ties import set_copies_aside
 from taskvec.torchfile import TorchFile, is_torch_file
@@ -178,6 +179,9 @@ def open_checkpoint(source: str, revision: str | None = None) -> Iterator[Checkp
             _check_index(index, weight_map, tensors)
         if not tensors:
             raise UserError(f"{source}: holds no tensors")
+        metadata = next(iter(shards.values())).metadata
+        if what := mistaken_file(files[0], tensors, metadata, MODEL):
+            raise UserError(f"{source}: {what}")
         model = Checkpoint(source, directory, shards, tensors, commit)
         set_copies_aside(model)
         yield model
@@ -286,6 +290,8 @@ def _find_shards(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
             return files, weight_map
     for path in sorted(directory.glob("*.gguf")):
         _refuse_gguf(path)
+    if what := mistaken_directory(directory, MODEL):
+        raise UserError(f"{directory}: {what}")
     raise UserError(
         f"{directory}: holds neither {SINGLE_FILE} nor {INDEX_FILE}, nor {_TORCH_FILE} or its index"
     )

@@ -15,7 +15,15 @@ from taskvec.certificate import Block, ParameterCertificate
 from taskvec.checkpoint import Checkpoint
 from taskvec.cli import UserError
 from taskvec.difference import Difference, count_differing, count_nonzero, is_zero
-from taskvec.rounding import FP32, NARROW_FORMATS, Format, all_finite, loses, subtract_rows
+from taskvec.rounding import (
+    FP32,
+    NARROW_FORMATS,
+    Format,
+    all_finite,
+    dtype_name,
+    loses,
+    subtract_rows,
+)
 from taskvec.taskvector import TaskVector
 from taskvec.tensorfile import row_blocks, to_device
 from taskvec.update import Update
@@ -125,7 +133,8 @@ class Comparison:
     Attributes:
         sums: the metrics' raw material.
         certificate: recipes and bounds.
-        update_kind, rank, scaling: of the update; None where it has no such thing.
+        rank, scaling, update_kind: of the update; None where it has no such thing.
+        stored: what M is stored in, where M itself is known.
     """
 
     sums: PairSums
@@ -133,6 +142,12 @@ class Comparison:
     rank: int | None
     scaling: float | None
     update_kind: str = "LoRA"
+    stored: torch.dtype | None = None
+
+    @property
+    def precision(self) -> str:
+        """What M is stored in, by name; judged by the bounds of fp32 if that is wider."""
+        return dtype_name(self.stored or self.certificate.format.dtype)
 
 
 @dataclass
@@ -238,7 +253,9 @@ def compare_parameter(
     kind = UNEXPLAINED if certificate.violations else LORA
     if kind == UNEXPLAINED and not magnitude.nonzero:
         kind = UNCHANGED
-    comparison = Comparison(sums, certificate, update.rank, update.scaling, update.kind)
+    comparison = Comparison(
+        sums, certificate, update.rank, update.scaling, update.kind, vector.dtype(name)
+    )
     return ParameterResult(name, info.shape, kind, magnitude, comparison=comparison)
 
 

@@ -17,9 +17,11 @@ from taskvec.checkpoint import Checkpoint
 from taskvec.compare import ParameterResult
 from taskvec.diagnosis.case import Case
 from taskvec.diagnosis.cause import Cause
-from taskvec.diagnosis.causes import marginal_cause, simple_causes
+from taskvec.diagnosis.causes import simple_causes
+from taskvec.diagnosis.damage import marginal_cause
 from taskvec.diagnosis.findings import examine
 from taskvec.diagnosis.remaining import remaining_causes
+from taskvec.diagnosis.swapped import swapped
 from taskvec.taskvector import TaskVector
 from taskvec.verdict import adapted
 
@@ -42,13 +44,16 @@ def diagnose(
 
     Returns:
         causes, the one that explains most parameters first; empty for a merge that holds. Their
-        names: nothing_merged, some_modules_not_merged, scaled, transposed, magnitudes_left_out,
-        misplaced, reordered, tied, merged_and_unmerged, thinned_out, truncated, pruned, quantised,
+        names: swapped, nothing_merged, some_modules_not_merged, scaled, weights_scaled,
+        rounded_otherwise, transposed, magnitudes_left_out, magnitudes_misapplied, misplaced,
+        reordered, tied, merged_and_unmerged, thinned_out, truncated, pruned, quantised,
         lower_precision_base, lower_precision_adapter, wrong_base, other_adapter,
-        additional_adapter, further_training, corrupted, overflow, unknown.
+        additional_adapter, further_training, clipped, corrupted, overflow, unknown.
     """
     format = adapted(results)[0][1].certificate.format
     case = Case(base, adapter, vector, device, format)
+    if cause := swapped(case, results):
+        return [cause]
     findings = examine(case, results)
     remaining = remaining_causes(case, findings)  # first: it may take other findings in
     causes = [*simple_causes(findings, adapter), *remaining]

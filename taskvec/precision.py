@@ -24,6 +24,7 @@ from taskvec.cli import UserError
 from taskvec.compare import BLOCK_ELEMENTS, Magnitude, PairSums
 from taskvec.difference import Difference
 from taskvec.header import TensorInfo
+from taskvec.kinds import BASE_PRECISION
 from taskvec.modelwriter import stored_format
 from taskvec.rounding import (
     FORMATS,
@@ -33,7 +34,7 @@ from taskvec.rounding import (
     subtract_rows,
 )
 from taskvec.subject import stored_blocks
-from taskvec.taskvector import BASE_PRECISION, StoredTaskVector
+from taskvec.taskvector import StoredTaskVector
 from taskvec.tensorfile import row_blocks
 from taskvec.update import Update
 

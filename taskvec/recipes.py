@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,6 +26,8 @@ _NEAR_MISS = 0.01
 # and one that misses so many times more elements than another does need not be pursued.
 _FAR_BEHIND = 8
 
+_PLACES = 8  # of mismatches are kept
+
 # Mismatches up to this number are not explained by what would have changed so many times more.
 _LONE = 4
 _TOO_FEW = 64
@@ -39,6 +41,7 @@ class RecipeTally:
         recipe: the first of the group.
         names: of all of them.
         mismatches: elements with other bits.
+        places: (row, column) of the first few of them.
         disordered: those of them that no other order of summation gives either.
         unexplained: nor rounding D to the merged format anywhere on its way.
         abandoned: not how the parameter came about; the counts are not complete.
@@ -47,9 +50,17 @@ class RecipeTally:
     recipe: Recipe
     names: tuple[str, ...]
     mismatches: int = 0
+    places: list[tuple[int, int]] = field(default_factory=list)
     disordered: int = 0
     unexplained: int = 0
     abandoned: bool = False
+
+    def note(self, start: int, differs: torch.Tensor) -> None:
+        """Keep the places of elements that differ, of rows from ``start`` on, if there is room."""
+        room = _PLACES - len(self.places)
+        if room > 0:
+            found = differs.reshape(differs.shape[0] if differs.ndim else 1, -1).nonzero()[:room]
+            self.places += [(start + row, column) for row, column in found.tolist()]
 
 
 class RecipeSearch:
@@ -116,7 +127,7 @@ class RecipeSearch:
             delta: the same rows of the update in float64.
             sampled: measure on this block what other arithmetic would change.
         """
-        found = block.task_vector if block.merged is None else block.merged.float()
+        found = block.task_vector if block.merged is None else _comparable(block.merged)
         live = [tally for tally in self.tallies if not tally.abandoned]
         missed = []
         for tally in live:
@@ -130,6 +141,7 @@ class RecipeSearch:
                 differs = predicted != found
                 differs &= ~(predicted.isnan() & found.isnan())
                 tally.mismatches += int(differs.sum())
+                tally.note(block.start, differs)
                 missed.append((tally, differs))
         fewest = min(tally.mismatches for tally in self.tallies)
         limit = min(max(1, _NEAR_MISS * self.elements), _FAR_BEHIND * (1 + fewest))
@@ -180,10 +192,15 @@ class RecipeSearch:
 def _as_found(
     merged: torch.Tensor, block: Block, where: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """M as it is known of a block, in fp32: itself, or by its difference from W."""
+    """M as it is known of a block: itself, or by its difference from W."""
     if block.merged is not None:
-        return merged.float()
+        return _comparable(merged)
     return subtract_rows(merged, block.subtracted if where is None else block.subtracted[where])
+
+
+def _comparable(merged: torch.Tensor) -> torch.Tensor:
+    """In fp32, in which no narrower number is lost; in float64 if it is."""
+    return merged if merged.dtype is torch.float64 else merged.float()
 
 
 def _distinct_recipes(update: Update, format: Format, stored: torch.dtype) -> list[RecipeTally]:

@@ -58,6 +58,12 @@ FORMATS = {format.name: format for format in (FP32, FP16, BF16)}
 NARROW_FORMATS = (FP16, BF16)
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """A float dtype as reports name it: fp32, fp16, bf16, fp64, or as PyTorch does."""
+    names = {format.dtype: format.name for format in FORMATS.values()} | {torch.float64: "fp64"}
+    return names.get(dtype, str(dtype).removeprefix("torch."))
+
+
 def _format_of_name(name: str) -> Format:
     return FORMATS[name]
 

@@ -19,15 +19,27 @@ from taskvec.checkpoint import Checkpoint
 from taskvec.cli import UserError
 from taskvec.difference import is_zero
 from taskvec.header import TensorInfo
+from taskvec.kinds import (
+    BASE_PRECISION,
+    MERGED_PRECISION,
+    TASK_VECTOR,
+    TASK_VECTOR_FILE,
+    mistaken_directory,
+    mistaken_file,
+)
 from taskvec.names import aligned
-from taskvec.rounding import BF16, FORMATS, FP16, FP32, Format, all_finite, subtract_rows
+from taskvec.rounding import (
+    BF16,
+    FORMATS,
+    FP16,
+    FP32,
+    Format,
+    all_finite,
+    dtype_name,
+    subtract_rows,
+)
 from taskvec.tensorfile import StoredTensor, TensorFile, row_blocks, same_bits, to_device
 from taskvec.ties import set_copies_aside
-
-TASK_VECTOR_FILE = "task_vector.safetensors"
-
-# Metadata keys of a task vector file. They are hints: what the tensors show comes first.
-BASE_PRECISION, MERGED_PRECISION = "base_precision", "merged_precision"
 
 _ALL_FORMATS = (BF16, FP16, FP32)
 
@@ -55,6 +67,9 @@ class TaskVector(Protocol):
 
     def formats(self, name: str) -> tuple[Format, ...]:
         """The formats a parameter may have been merged in, the first that fits being the one."""
+
+    def dtype(self, name: str) -> torch.dtype | None:
+        """What M is stored in, where that is known."""
 
     def is_zero(self, name: str) -> bool:
         """True if a parameter is known to be zero without reading it."""
@@ -89,6 +104,10 @@ class StoredTaskVector:
         if self.merged_format is None:
             return _ALL_FORMATS
         return (self.merged_format,) if self.merged_format is FP32 else (self.merged_format, FP32)
+
+    def dtype(self, name: str) -> torch.dtype | None:
+        wide = self.file.metadata.get(MERGED_PRECISION) == dtype_name(torch.float64)
+        return torch.float64 if wide else None
 
     def is_zero(self, name: str) -> bool:
         return name not in self.file.tensors or self.file.is_hole(self.file.tensors[name])
@@ -166,6 +185,9 @@ class FormedTaskVector:
         named = [format for format in FORMATS.values() if format.dtype == dtype]
         return tuple(named) or (FP32,)
 
+    def dtype(self, name: str) -> torch.dtype | None:
+        return self.merged.tensors[name].dtype if name in self.merged.tensors else None
+
     def is_zero(self, name: str) -> bool:
         return name not in self.merged.tensors
 
@@ -224,12 +246,16 @@ def open_task_vector(path: Path) -> Iterator[StoredTaskVector]:
     """Open a task vector file, or the one in a directory of extract_task_vectors.py.
 
     Raises:
-        UserError: nothing there, or tensors that are no floats.
+        UserError: nothing there, another kind of directory or file, or tensors that are no floats.
     """
     file = path / TASK_VECTOR_FILE if path.is_dir() else path
     if not file.is_file():
+        if what := mistaken_directory(path, TASK_VECTOR):
+            raise UserError(f"{path}: {what}")
         raise UserError(f"{file}: no such task vector; extract_task_vectors.py makes it")
     with TensorFile(file) as tensors:
+        if what := mistaken_file(file, tensors.tensors, tensors.metadata, TASK_VECTOR):
+            raise UserError(f"{file}: {what}")
         for info in tensors.tensors.values():
             if not info.is_float:
                 raise UserError(f"{file}: {info.name} is {info.dtype}, not a float")
@@ -243,10 +269,9 @@ def open_task_vector(path: Path) -> Iterator[StoredTaskVector]:
 
 
 def precision_of(model: Checkpoint) -> str:
-    """The format of a model's float tensors: fp32, fp16, bf16, or "mixed"."""
+    """What a model's float tensors are stored in: fp32, fp16, bf16, fp64, ..., or "mixed"."""
     dtypes = {info.dtype for info in model.tensors.values() if info.is_float}
-    names = [format.name for format in FORMATS.values() if {format.dtype} == dtypes]
-    return names[0] if names else "mixed"
+    return dtype_name(dtypes.pop()) if len(dtypes) == 1 else "mixed"
 
 
 def _subtracted(base: torch.Tensor, format: Format | None) -> torch.Tensor:

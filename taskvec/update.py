@@ -126,7 +126,7 @@ class Update(ABC):
         Args:
             family: which roundings to the format to allow for.
             delta: rows of `exact`.
-            base: the same rows of W, float64 or fp32.
+            base: the same rows of W, not of what was subtracted; float64 or fp32.
 
         Returns:
             rows in the dtype of ``base``. `base_error` comes on top.

@@ -9,7 +9,11 @@ from dataclasses import dataclass
 from taskvec.architecture import fold_names
 from taskvec.certificate import common_recipes
 from taskvec.compare import CAST, KINDS, UNEXPLAINED, Comparison, ParameterResult
-from taskvec.wording import listed, percent
+from taskvec.recipes import RecipeTally
+from taskvec.rounding import RECIPES
+from taskvec.wording import are, listed, percent
+
+_HANDFUL = 4  # of elements are named one by one
 
 EXACT, ROUNDING, VIOLATED, INCOMPLETE = "exact", "rounding", "violated", "incomplete"
 
@@ -47,7 +51,7 @@ class Cost:
     """What rounding cost, over all adapted parameters.
 
     Attributes:
-        relative_error: ‖T - delta‖ / ‖delta‖; None where delta is zero.
+        relative_error: ‖T - delta‖ / ‖delta‖, of what is finite; None where delta is zero.
         lost_share: share of the elements with an update whose merged value did not move at all.
         snr_db: 20 log10(‖delta‖ / ‖T - delta‖); None where nothing was lost.
         sentence: the same in words.
@@ -96,13 +100,13 @@ def judge(results: Sequence[ParameterResult]) -> Verdict:
 
 
 def merged_precision(results: Sequence[ParameterResult]) -> str:
-    """The format that the adapted parameters are stored in: fp32, fp16, bf16 or mixed."""
+    """What the adapted parameters are stored in: fp32, fp16, bf16, another dtype, or mixed."""
     names = _formats(results)
     return names[0] if len(names) == 1 else "mixed"
 
 
 def _formats(results: Sequence[ParameterResult]) -> list[str]:
-    found = {comparison.certificate.format.name for _, comparison in adapted(results)}
+    found = {comparison.precision for _, comparison in adapted(results)}
     return sorted(found, reverse=True)
 
 
@@ -119,8 +123,12 @@ def rounding_cost(results: Sequence[ParameterResult], *, holds: bool = True) -> 
     touched = sum(comparison.certificate.changed_by_update for _, comparison in pairs)
     lost = sum(comparison.certificate.lost for _, comparison in pairs)
     lost_share = lost / touched if touched else 0.0
+    beside = sum(comparison.certificate.non_finite for _, comparison in pairs)
     if not delta:
-        return Cost(None, lost_share, None, "The adapter changes nothing: its delta is zero.")
+        nothing = "The adapter changes nothing: its delta is zero."
+        if beside:
+            nothing = f"Nothing to measure: {_not_counted(beside)}."
+        return Cost(None, lost_share, None, nothing)
     relative = math.sqrt(error / delta)
     snr = -20 * math.log10(relative) if relative else None
     off, lost_text = percent(relative), percent(lost_share)
@@ -130,9 +138,14 @@ def rounding_cost(results: Sequence[ParameterResult], *, holds: bool = True) -> 
         what = f"this merge keeps {kept} of the update: {off} of its norm is error"
     sentence = (
         f"In {' and '.join(_formats(results))}, {what}, and {lost_text} of its elements did not "
-        "move at all."
+        f"move at all{f'; {_not_counted(beside)}' if beside else ''}."
     )
     return Cost(relative, lost_share, snr, sentence)
+
+
+def _not_counted(elements: int) -> str:
+    """Of elements that are NaN or infinite."""
+    return f"{are(elements, 'element')} NaN or infinite and in none of these figures"
 
 
 def attribution(results: Sequence[ParameterResult]) -> dict[str, dict[str, float | int]]:
@@ -164,7 +177,7 @@ def _reason(
     if name in (VIOLATED, INCOMPLETE):
         parts = _violations([c for r, c in pairs if r.name in violated], violated)
         if isolated:
-            parts.append(f"a few elements of {_named(isolated)} differ from an exact recipe")
+            parts.append(_standing_out([pair for pair in pairs if pair[0].name in isolated]))
         if missing:
             parts.append(f"the adapter changes {_named(missing)}, the task vector does not")
         if unexplained:
@@ -175,7 +188,63 @@ def _reason(
     if name == EXACT:
         how = f"recipe {recipes[0]!r}" if recipes else "one recipe or another"
         return f"{how} reproduces every bit of all {count} adapted parameters{tail}"
-    return f"every element of all {count} adapted parameters is within its rounding bound{tail}"
+    near = _near_recipe(pairs)
+    return (
+        f"every element of all {count} adapted parameters is within its rounding bound{near}{tail}"
+    )
+
+
+def _near_recipe(pairs: Sequence[tuple[ParameterResult, Comparison]]) -> str:
+    """Which recipe gives nearly all bits of all parameters; where it is a handful, the others."""
+    found = {
+        recipe.name: [(r.name, c.certificate.tally_of(recipe.name)) for r, c in pairs]
+        for recipe in RECIPES
+    }
+    near = [name for name, tallies in found.items() if not any(t.abandoned for _, t in tallies)]
+    if not near:
+        return ""
+    recipe = min(near, key=lambda name: _missed(found[name]))
+    total = sum(result.elements for result, _ in pairs)
+    return (
+        f"; recipe {recipe!r} gives all but {_missed(found[recipe]):,} of {total:,} elements bit "
+        "for bit"
+        f"{_where(found[recipe])}"
+    )
+
+
+def _standing_out(pairs: Sequence[tuple[ParameterResult, Comparison]]) -> str:
+    """How many elements are off the recipe that gives all the others, and where."""
+    tallies = [(result.name, comparison.certificate.best_recipe) for result, comparison in pairs]
+    total, missed = sum(result.elements for result, _ in pairs), _missed(tallies)
+    alone = sum(comparison.certificate.isolated for _, comparison in pairs)
+    recipes = {tally.recipe.name for _, tally in tallies}
+    recipe = f"recipe {recipes.pop()!r}" if len(recipes) == 1 else "one recipe or another"
+    text = (
+        f"all but {missed:,} of {total:,} elements of {_named([r.name for r, _ in pairs])} are "
+        f"{recipe} bit for bit"
+    )
+    if alone < missed:
+        text += f", and {alone:,} of those no other arithmetic gives"
+    return text + _where(tallies)
+
+
+def _missed(tallies: Sequence[tuple[str, RecipeTally]]) -> int:
+    return sum(tally.mismatches for _, tally in tallies)
+
+
+def _where(tallies: Sequence[tuple[str, RecipeTally]]) -> str:
+    """The places that a recipe misses, where they are a handful."""
+    if not 0 < _missed(tallies) <= _HANDFUL:
+        return ""
+    missing = [(name, tally) for name, tally in tallies if tally.places]
+    places = [
+        f"{name + ', ' if len(missing) > 1 else ''}row {row}, column {column}"
+        for name, tally in missing
+        for row, column in tally.places
+    ]
+    if len(missing) == 1 < len(tallies):
+        places[0] = f"{missing[0][0]}, {places[0]}"
+    return f" ({'; '.join(places)})"
 
 
 def _violations(comparisons: Sequence[Comparison], names: list[str]) -> list[str]:

@@ -47,8 +47,8 @@ def for_each(
         the results in the order of the items, in every process.
 
     Raises:
-        what ``work`` raised for the first item, as they are begun, that it raised for; what has
-        not begun by then is left undone. LostProcessError: another process has ended.
+        what ``work`` raised, of several that fail at a time for the first item; what has not begun
+        by then is left undone. LostProcessError: another process has ended.
     """
     items = list(items)
     return processes.divided(
@@ -67,14 +67,19 @@ def _on_threads(
     # While one thread has what is in memory to work on, another waits for the disk.
     ends = cycle([todo.popleft, todo.pop] if mixed else [todo.popleft])
     mine = threading.local()
+    failures: dict[int, Exception] = {}
 
     def begin() -> None:
         mine.take = next(ends)
 
     def work_on_next() -> tuple[int, Result]:
         index: int = mine.take()
-        with torch.inference_mode():  # each call of PyTorch holds Python's lock for less long
-            return index, work(items[index])
+        try:
+            with torch.inference_mode():  # each call of PyTorch holds Python's lock for less long
+                return index, work(items[index])
+        except Exception as error:
+            failures[index] = error
+            raise
 
     threads = torch.get_num_threads()
     workers = min(threads, _MOST)
@@ -88,6 +93,11 @@ def _on_threads(
         futures = [pool.submit(work_on_next) for _ in items]
         results = dict(future.result() for future in futures)
         return [results[index] for index in range(len(items))]
+    except Exception:
+        pool.shutdown(cancel_futures=True)  # what has begun may fail as well
+        if failures:
+            raise failures[min(failures)] from None
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)

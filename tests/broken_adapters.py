@@ -74,7 +74,7 @@ BROKEN: dict[str, tuple[Edit, str, str]] = {
         "modules_to_save of adapter_config.json names lm_head",
     ),
     "tokens": (config(trainable_token_indices=[1]), "refused", "no rows of tokens"),
-    "experts": (config(target_parameters=["w"]), "no-module", "no such module"),
+    "experts": (config(target_modules=[], target_parameters=["w"]), "no-module", "no such module"),
     "PiSSA": (config(init_lora_weights="pissa"), "config", "changes the base itself"),
     "rank 0": (config(r=0), "scaling", "r of a module is 0"),
     "rank of text": (config(r="4"), "scaling", "r of a module is '4'"),

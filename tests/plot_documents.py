@@ -16,7 +16,7 @@ from extract_task_vectors import extract
 from merge_lora import merge
 from taskvec.architecture import place
 from taskvec.certificate import ULP_BINS
-from taskvec.taskvector import TASK_VECTOR_FILE
+from taskvec.kinds import TASK_VECTOR_FILE
 from tests.models import make_adapter, make_base
 
 NEGATED = "model.layers.1.self_attn.q_proj.weight"

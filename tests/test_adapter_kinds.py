@@ -15,8 +15,9 @@ import quick_precision_test
 from compare_lora_task_vector import compare
 from extract_task_vectors import extract
 from taskvec.adapter import open_adapter
+from taskvec.adapters.check import inspect_adapter
 from taskvec.checkpoint import open_checkpoint
-from tests.adapter_kinds import KINDS, make_kind
+from tests.adapter_kinds import KINDS, gpt_oss, make_kind
 from tests.checks import assert_same_bits, edit_tensors, weights
 from tests.models import load, peft_merge
 
@@ -47,6 +48,20 @@ def test_merged_tensors_are_pefts_bit_for_bit(tiny, tmp_path, kind, precision):
         assert set(result.changed_parameters) == moved
         merge(base, adapter, tmp_path / "m", precision=precision, rounding="once")
         assert_same_bits(weights(tmp_path / "m"), theirs)
+
+
+@pytest.mark.parametrize("named", ["down_proj", "w"])
+def test_a_parameter_named_by_its_last_part_alone_beside_modules(tiny, tmp_path, named):
+    """``q_proj.down_proj`` ends like the name too, and is none; of "w" there is none anywhere."""
+    base = gpt_oss(tiny) if named == "down_proj" else tiny.base("llama")
+    adapter = tiny.adapter(base, target_modules=["q_proj"], target_parameters=[named])
+    for precision in ("fp32", "bf16"):
+        found = merge(base, adapter, tmp_path / "m", precision=precision, rounding="peft")
+        theirs = peft_weights(base, adapter, DTYPES[precision], tmp_path / "p")
+        assert_same_bits(weights(tmp_path / "m"), theirs)
+        assert len(found.changed_parameters) == (4 if named == "down_proj" else 2)
+    with open_checkpoint(str(base)) as opened:
+        assert inspect_adapter(str(adapter), opened).refusal is None
 
 
 @pytest.mark.parametrize("rounding", ["once", "peft"])

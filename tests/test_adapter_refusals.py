@@ -51,7 +51,10 @@ def refused(base, adapter, message):
         ({"modules_to_save": ["lm_head"]}, r"holds no lm_head\.weight, although modules_to_save"),
         ({"modules_to_save": "lm_head"}, "modules_to_save is 'lm_head', not a list of names"),
         ({"trainable_token_indices": [1]}, "but there are no rows of tokens"),
-        ({"target_parameters": ["w"]}, r"adapts model\.layers\.0.*_proj\.w, which .* has not got"),
+        (
+            {"target_modules": [], "target_parameters": ["w"]},
+            r"adapts model\.layers\.0.*_proj\.w, which .* has not got",
+        ),
         ({"kasa_config": {"beta": 1}}, "kasa_config is set: KaSA takes singular values off"),
         ({"layer_replication": [[0, 1]]}, "layer_replication is set"),
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens is set: aLoRA"),

@@ -164,7 +164,7 @@ MERGE: dict[str, tuple[Any, str]] = {
     ),
     "adapter as base": (
         lambda w: w.merge(base_model=w.lora),
-        r"lora: holds neither model\.safetensors nor model\.safetensors\.index\.json",
+        "lora: is an adapter, not a model; give it as --lora_path",
     ),
     "empty .bin base": (
         lambda w: w.merge(base_model=w.put("pickled/pytorch_model.bin").parent),
@@ -317,7 +317,7 @@ EXTRACT: dict[str, tuple[Any, str]] = {
     ),
     "adapter as tuned model": (
         lambda w: w.extract(finetuned_model=w.lora / "adapter_model.safetensors"),
-        r"adapter_model\.safetensors: has no model\.embed_tokens\.weight, which \S+base has",
+        r"adapter_model\.safetensors: is an adapter, not a model; give it as --lora_path",
     ),
     "base precision unknown": (
         lambda w: w.extract(base_precision="int8"),

@@ -74,7 +74,13 @@ def half(value: Fraction, format: Format) -> Fraction:
 
 
 def reference_bound(
-    family: Family, update: LowRank, merged: Any, base: Any, base_format: Any, format: Any
+    family: Family,
+    update: LowRank,
+    merged: Any,
+    base: Any,
+    subtracted: Any,
+    base_format: Any,
+    format: Any,
 ) -> list[list[Fraction]]:
     """The bound of LORA_VS_TASK_VECTOR_ANALYSIS.md, term by term in rationals."""
     u = Fraction(1, 2**24)
@@ -83,6 +89,7 @@ def reference_bound(
     k = update.rank + (1 if plain else 2)
     error = k * u / (1 - k * u)
     M, W, delta = exactly(merged), exactly(base), product(update.B, update.A, update.scaling)
+    from_W = exactly(subtracted)
     moved = product(used.B, used.A, used.scaling)
     size = product(used.B.abs(), used.A.abs(), abs(used.scaling))
 
@@ -91,7 +98,7 @@ def reference_bound(
         return half(value, p) * (1 + before)
 
     def element(i: int, j: int) -> Fraction:
-        bound = h(M[i][j], format) + u * abs(M[i][j] - W[i][j])
+        bound = h(M[i][j], format) + u * abs(M[i][j] - from_W[i][j])
         computed = error * size[i][j] + abs(moved[i][j] - delta[i][j])
         bound += computed
         if base_format is not None and base_format is not format:
@@ -134,7 +141,9 @@ def test_bounds_hold_and_are_what_the_proof_says_in_exact_rationals(format, scal
         error = [abs(t - d) for t, d in zip(T, exact, strict=True)]
         holds = []
         for family in families(format, stored):
-            right = flat(reference_bound(family, update, merged, subtracted, base_format, format))
+            right = flat(
+                reference_bound(family, update, merged, wide, subtracted, base_format, format)
+            )
             for dtype in (torch.float64, torch.float32):
                 bound = bound_rows(
                     family,
@@ -143,7 +152,7 @@ def test_bounds_hold_and_are_what_the_proof_says_in_exact_rationals(format, scal
                     4,
                     delta=delta,
                     merged=merged.to(dtype),
-                    base=subtracted.to(dtype),
+                    base=wide.to(dtype),
                     base_format=base_format,
                     format=format,
                 )

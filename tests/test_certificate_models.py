@@ -164,3 +164,52 @@ def test_a_changed_parameter_that_nothing_explains_is_named(
     assert certificate["unexplained_parameters"] == [NORM]
     assert certificate["attribution"]["unexplained"]["parameters"] == 1
     assert certificate["verdict"] == "incomplete"
+
+
+def test_a_model_in_fp64_is_called_that_and_exact_only_if_all_of_its_bits_are_a_recipes(
+    llama: Path, llama_lora: Path, merged_models: dict[str, Path], copied: Any, tmp_path: Path
+) -> None:
+    model = copied(merged_models["fp32"])
+    file = model / "model.safetensors"
+    tensors = {name: tensor.double() for name, tensor in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    certificate = judged(llama, llama_lora, model, tmp_path / "raised")
+    assert certificate["precision"] == "fp64" and certificate["verdict"] == "exact"
+    assert certificate["cost"]["sentence"].startswith("In fp64, this merge keeps 99.99")
+    report = (tmp_path / "raised" / "detailed_comparison_report.txt").read_text()
+    assert "checked against their own bound (fp64)" in report
+
+    name = "model.layers.0.self_attn.q_proj.weight"
+    tensors[name][3, 5] *= 1 + 2.0**-40  # less than fp32 can hold
+    save_file(tensors, file, metadata={"format": "pt"})
+    certificate = judged(llama, llama_lora, model, tmp_path / "off")
+    assert certificate["verdict"] != "exact"
+    assert "(row 3, column 5)" in certificate["reason"]
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_the_cost_says_what_it_does_not_count(
+    llama: Path,
+    llama_lora: Path,
+    merged_models: dict[str, Path],
+    copied: Any,
+    tmp_path: Path,
+    everything: bool,
+) -> None:
+    model, names = copied(merged_models["fp16"]), []
+
+    def overflow(tensors: dict[str, torch.Tensor]) -> None:
+        for name in tensors:
+            if any(module in name for module in ("q_proj", "v_proj", "down_proj")):
+                names.append(name)
+                tensors[name][slice(None) if everything else 0] = float("inf")
+
+    edit_tensors(model / "model.safetensors", overflow)
+    found = judged(llama, llama_lora, model, tmp_path / "out")
+    lost = found["elements_checked"] if everything else 2 * (32 + 32 + 48)
+    assert found["non_finite_elements"] >= lost > 0 and len(names) == 6
+    sentence = found["cost"]["sentence"]
+    if everything:
+        assert sentence.startswith("Nothing to measure: 6,144 elements are NaN or infinite")
+    else:
+        assert sentence.endswith("; 224 elements are NaN or infinite and in none of these figures.")

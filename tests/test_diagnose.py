@@ -269,6 +269,37 @@ def test_scaling_left_out_is_one_cause_though_the_factors_differ(lab):
     assert {round(value, 6) for value in found.values()} == {0.5, 0.2}
 
 
+@pytest.mark.parametrize("extracted", [False, True])
+@pytest.mark.parametrize(
+    ("precision", "settings"),
+    [("fp32", {}), ("fp16", {}), ("bf16", {"stored": "bf16"}), ("fp32", {"use_dora": True})],
+)
+def test_base_and_merged_model_given_for_each_other(lab, precision, settings, extracted):
+    here = lab("llama", precision, **settings)
+    merged = here.path()
+    merge_lora.merge(str(here.base), str(here.lora), merged, precision=precision, device="cpu")
+    here.base, base = merged, here.base
+    if extracted and precision == "fp32":  # T does not show the last bits of the merged model
+        assert all(cause["cause"] != "swapped" for cause in here.causes(base, extracted=True))
+        return
+    cause = here.cause(base, extracted=extracted)
+    assert cause["cause"] == "swapped"
+    assert len(cause["evidence"]["parameters"]) == 6
+    assert "Swap the two" in cause["sentence"]
+
+
+def test_an_update_that_was_subtracted_is_not_taken_for_a_swap(lab):
+    """By fl(W - D), as PEFT's unmerge computes it; but for the few where that rounds, fl(M + D)
+    is W again.
+    """
+    here = lab("llama", "fp32", scale=1e-4)
+    deltas = {name: delta.float() for name, delta in here.deltas.items()}
+    tensors = {n: w - deltas[n] if n in deltas else w for n, w in here.weights.items()}
+    cause = here.cause(here.write(tensors))
+    assert cause["cause"] == "scaled"
+    assert "subtracted instead of added, or base and merged model swapped" in cause["sentence"]
+
+
 # --- the right delta in the wrong way ---------------------------------------------------------
 
 
@@ -281,6 +312,18 @@ def test_a_transposed_delta(lab, family, precision, extracted):
     cause = here.cause(model, extracted=extracted)
     assert cause["cause"] == "transposed"
     assert cause["evidence"]["parameters"] == square
+
+
+@everywhere
+def test_a_transposed_delta_read_in_the_shape_of_the_weight(lab, family, precision, extracted):
+    here = lab(family, precision)
+    turned = {name: delta.T.reshape(delta.shape) for name, delta in here.deltas.items()}
+    cause = here.cause(here.model(turned.get), extracted=extracted)
+    assert cause["cause"] == "transposed"
+    assert sorted(cause["evidence"]["parameters"]) == sorted(here.names)
+    oblong = [name for name, delta in here.deltas.items() if delta.shape[0] != delta.shape[1]]
+    assert cause["evidence"]["reshaped_parameters"] == oblong != []
+    assert "its transpose, reshaped where that is not square, explains" in cause["sentence"]
 
 
 @everywhere

@@ -215,6 +215,59 @@ def test_one_element_by_two_ulps(lab, precision):
     assert f"{name} (row 4, column 7)" in cause["sentence"]
 
 
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize(("precision", "scale"), [("fp32", 1.0), ("fp32", 0.02), ("bf16", 0.02)])
+def test_elements_off_by_an_ulp_are_named_though_not_all_are_out_of_their_bounds(
+    lab, precision, scale, count
+):
+    here = lab("llama", precision, scale=scale)
+    path = here.path()
+    merge_lora.merge(str(here.base), str(here.lora), path, precision=precision, device="cpu")
+    tensors, name = load_file(path / "model.safetensors"), here.names[0]
+    tensors[name].view(torch.int32 if precision == "fp32" else torch.int16)[4, 7 : 7 + count] += 1
+    certificate = here.compare(here.write(tensors))
+    assert certificate["verdict"] == "violated"
+    (cause,) = certificate["diagnosis"]
+    assert cause["cause"] == "corrupted"
+    (place,) = cause["evidence"]["places"]
+    found = [(element["row"], element["column"]) for element in place["first_elements"]]
+    assert found == [(4, column) for column in range(7, 7 + count)]
+    assert "the rest is, bit for bit (recipe 'once')" in cause["sentence"]
+    if not certificate["violations"]:
+        places = "; ".join(f"row 4, column {column}" for column in range(7, 7 + count))
+        assert certificate["reason"] == (
+            f"all but {count} of {tensors[name].numel():,} elements of {name} are recipe 'once' "
+            f"bit for bit ({places})"
+        )
+
+
+def test_an_element_a_few_ulps_off_where_no_recipe_gives_the_others(lab):
+    """Not enough to tell what happened; but one element is not what training would leave."""
+    here = lab("llama", "fp32", scale=0.02)
+    tensors, name = here.merged(), here.names[0]
+    tensors[name].view(torch.int32)[4, 7] += 3
+    certificate = here.compare(here.write(tensors))
+    assert certificate["violations"] == 1 and certificate["worst"]["parameter"] == name
+    (cause,) = certificate["diagnosis"]
+    assert cause["cause"] == "unknown"
+    assert f"1 element of {name} is out of its bound, by a factor of" in cause["sentence"]
+    assert f"at {name}, row 4, column 7, and no recipe" in cause["sentence"]
+
+
+def test_how_near_the_nearest_recipe_comes_where_none_gives_every_bit(lab):
+    here = lab("llama", "bf16", scale=1.0)
+    path = here.path()
+    merge_lora.merge(str(here.base), str(here.lora), path, precision="bf16", device="cpu")
+    ours, model = load_file(path / "model.safetensors"), here.model()  # by sums in float64
+    theirs = load_file(model / "model.safetensors")
+    missed = sum(int((ours[name] != theirs[name]).sum()) for name in here.names)
+    total = sum(ours[name].numel() for name in here.names)
+    certificate = here.compare(model)
+    assert certificate["verdict"] == "rounding" and missed > 0
+    near = f"recipe 'once' gives all but {missed:,} of {total:,} elements bit for bit"
+    assert near in certificate["reason"]
+
+
 @everywhere
 def test_a_row_a_column_and_a_run(lab, family, precision, extracted):
     here = lab(family, precision)

@@ -15,10 +15,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from taskvec import lora
+from taskvec.adapters.files import write_adapter
 from taskvec.cli import UserError
 from taskvec.lora import LoraSettings, inject
 from taskvec.lora_files import load_adapter, save_adapter
-from tests.checks import assert_same_bits, edit_json, edit_tensors
+from tests.checks import assert_same_bits, edit_json, edit_tensors, names
 from tests.models import FAMILIES, TARGETS, load
 
 TOKENS = torch.arange(96).reshape(3, 32)
@@ -179,6 +180,19 @@ def test_what_peft_saved_loads_with_the_same_logits(
         load_file(adapter / "adapter_model.safetensors"),
     )
     assert torch.equal(logits(PeftModel.from_pretrained(load(base), tmp_path)), expected)
+
+
+def test_what_stops_in_saving_leaves_nothing_that_looks_like_an_adapter(tmp_path: Path) -> None:
+    """Not the old configuration beside new factors, nor a new one beside none."""
+    good = {"a.lora_A.weight": torch.ones(2, 3), "a.lora_B.weight": torch.ones(3, 2)}
+    write_adapter(tmp_path, {"r": 2}, good)
+    assert names(tmp_path) == ["adapter_config.json", "adapter_model.safetensors"]
+    before = (tmp_path / "adapter_model.safetensors").read_bytes()
+    without_values = {**good, "a.lora_B.weight": torch.empty(3, 2, device="meta")}
+    with pytest.raises(NotImplementedError):
+        write_adapter(tmp_path, {"r": 4}, without_values)
+    assert names(tmp_path) == ["adapter_model.safetensors"]
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() == before
 
 
 def test_embedding_adapters_go_to_peft_and_back(llama: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from taskvec.bounds import bound_rows, families
 from taskvec.certificate import Block, ParameterCertificate
 from taskvec.cli import UserError
 from taskvec.header import TensorInfo
-from taskvec.rounding import BF16, FORMATS, FP32, RECIPES, Format, subtract_rows
+from taskvec.rounding import BF16, FORMATS, FP16, FP32, RECIPES, Format, subtract_rows
 from taskvec.update import Update
 from taskvec.updates.dora import Dora
 from taskvec.updates.in_turn import InTurn
@@ -105,7 +105,7 @@ def test_no_element_is_out_of_its_bound_by_any_recipe(kind: str, format: Format)
                         36,
                         delta=delta,
                         merged=made.double(),
-                        base=wide.double(),
+                        base=base.double(),
                         base_format=base_format,
                         format=format,
                     )
@@ -113,6 +113,59 @@ def test_no_element_is_out_of_its_bound_by_any_recipe(kind: str, format: Format)
                     assert bool((error <= bound).all()), (case, recipe.name, base_format)
                     largest = max(largest, float((error / bound).max()))
     assert largest > 0.2  # the bound is not so wide that it says nothing
+
+
+def certified(
+    update: Update, W: list[float], M: list[float], subtracted: Format, format: Format
+) -> tuple[float, float]:
+    """The error of the first of two elements of a row, in float64, and its bound.
+
+    W is rounded before it is subtracted; the certificate holds, and this element is the worst.
+    """
+    base, merged = torch.tensor([W]), torch.tensor([M]).to(format.dtype)
+    wide, delta = subtracted.round(base), update.exact(0, 1)
+    T = subtract_rows(merged, wide)
+    certificate = ParameterCertificate(
+        update, format, torch.float32, base_format=subtracted, elements=len(W)
+    )
+    assert certificate.add(Block(0, 1, base, wide, T, merged), delta)
+    assert certificate.violations == 0
+    worst = certificate.tally.worst
+    assert worst is not None and worst.column == 0
+    return abs(float(merged[0, 0]) - float(wide[0, 0]) - float(delta[0, 0])), worst.bound
+
+
+def test_doras_bound_is_that_of_the_base_as_stored_whatever_was_subtracted() -> None:
+    """f V is as large as what rounding W takes, so that R(W) + delta is next to nothing.
+
+    M is peft-half's in bf16, step by step below; what was subtracted was rounded to fp16.
+    """
+    W, D = [1.91259765625, 4.159482955932617], [-0.018456177785992622, -0.0780310407280922]
+    m = 0.001110220211558044
+    V = [1.8984375, 4.0625]  # R(1.9140625 - 0.0184326171875), R(4.15625 - 0.078125)
+    factor = 0.0002498626708984375  # R(0.0011138916015625 / 4.46875): R(m), and R(4.4842..)
+    M = [0.0004749298095703125, 0.00101470947265625]  # R(factor * V)
+    base, direction = torch.tensor([W]), LowRank("w", torch.eye(2), torch.tensor([D]), 1.0)
+    update = Dora("w", direction, torch.tensor([m]), reader(base), 1.0)
+    assert [float(torch.tensor(factor * v).bfloat16()) for v in V] == M
+    assert update.merged(RECIPES[4], base, 0, 1, BF16).tolist() == [M]
+    error, bound = certified(update, W, M, FP16, BF16)
+    assert 0.97 * bound < error <= bound
+
+
+def test_a_sum_in_between_is_bounded_from_the_base_as_stored() -> None:
+    """W + d1 is past 1, where fp32's spacing doubles, and what was subtracted, plus d1, is not."""
+    W, tiny = 1 - 1.5 * 2.0**-8, 2.0**-30  # halfway between two of bf16, the lower one is even
+    first, second = 1.5 * 2.0**-8 + 2.0**-24 + tiny, 2.0**-24
+    parts = tuple(LowRank("w", torch.ones(1, 1), torch.tensor([[d]]), 1.0) for d in (first, second))
+    update = InTurn("w", parts)
+    M = 1 + 2 * 2.0**-23  # W + d1 goes up to 1 + 2^-23, from where d2 is half a spacing: up, again
+    merged = update.merged(RECIPES[0], torch.tensor([[W]]), 0, 1, FP32)
+    assert float(merged) == M
+    error, bound = certified(update, [W], [M], BF16, FP32)
+    assert error == pytest.approx(2.0**-9 + 2.0**-23, abs=2.0**-29)
+    of_base, of_sums = 2.0**-9 * (1 + 513 * 2.0**-24), 2 * 2.0**-24  # as the proof has them
+    assert of_base + of_sums <= bound <= of_base + of_sums + 2.0**-27
 
 
 @pytest.mark.parametrize("kind", KINDS)

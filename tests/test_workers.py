@@ -61,6 +61,25 @@ def test_a_failure_is_raised_and_what_has_not_begun_is_left_undone(threads, coun
     assert torch.get_num_threads() == count
 
 
+def test_of_failures_at_a_time_the_first_item_s_is_raised(threads):
+    """However they are begun, and whichever fails first."""
+    threads(2)
+    both, later = threading.Barrier(2, timeout=30), threading.Event()
+
+    def work(item: int) -> None:
+        both.wait()
+        if item == 0:
+            later.wait(30)
+        else:
+            later.set()
+        raise ValueError(f"item {item}")
+
+    for tensors in ([[Stored(True)], [Stored(False)]], [[Stored(False)], [Stored(True)]]):
+        later.clear()
+        with pytest.raises(ValueError, match="item 0"):
+            for_each(work, range(2), reads=tensors.__getitem__)
+
+
 class Stored(StoredTensor):
     """A tensor of which it is given whether it is in memory."""
 

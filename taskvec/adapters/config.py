@@ -15,8 +15,10 @@ from typing import Any, TypeGuard
 
 from taskvec.adapters.files import CONFIG_FILE
 from taskvec.adapters.patterns import Matcher
+from taskvec.adapters.targets import TargetRule
 from taskvec.checkpoint import named_adapters, read_json_object
 from taskvec.cli import UserError
+from taskvec.kinds import ADAPTER, mistaken_directory
 
 # Configuration keys that make something else of B @ A, and why they are refused.
 _REFUSED_FLAGS = {
@@ -82,7 +84,13 @@ class LoraConfig:
         return self.values.get("init_lora_weights") == "mica"
 
     def parameters_of(self, module: str) -> list[str]:
-        """Parameters of a module that target_parameters names, as PEFT matches them."""
+        """Parameters of a module that target_parameters names, as PEFT matches them.
+
+        None of a module that target_modules selects: PEFT refuses the two on one module, so that a
+        name that happens to fit, such as ``weight``, means a parameter elsewhere.
+        """
+        if self._targets.selects(module):
+            return []
         found = []
         for target in self._names("target_parameters"):
             parameter = f"{module}.{target.rpartition('.')[2]}"
@@ -168,6 +176,10 @@ class LoraConfig:
         return default
 
     @cached_property
+    def _targets(self) -> TargetRule:
+        return TargetRule(self.values)
+
+    @cached_property
     def _matcher(self) -> Matcher:
         return Matcher()
 
@@ -181,6 +193,8 @@ def load_config(path: Path) -> LoraConfig:
     file = path / CONFIG_FILE
     if not file.is_file():
         named = ", ".join(named_adapters(path))
+        if not named and (what := mistaken_directory(path, ADAPTER)):
+            raise UserError(f"{path}: {what}")
         raise UserError(
             f"{path}: holds no {CONFIG_FILE}, so its scaling is unknown"
             + (f"; there are adapters by name: --adapter_name {named}" if named else "")

@@ -21,14 +21,19 @@ def write_adapter(
 ) -> None:
     """Write adapter_config.json and adapter_model.safetensors as PEFT reads them.
 
+    The configuration comes last, and an earlier one goes first: without it no reader takes the
+    directory for an adapter, whatever stops this in between.
+
     Args:
         directory: made if absent; files of these names are replaced.
         tensors: by PEFT's names, which begin with `taskvec.adapters.keys.PREFIX`.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    write_json(directory / CONFIG_FILE, config)
+    (directory / CONFIG_FILE).unlink(missing_ok=True)
     specs = [(name, t.dtype, tuple(t.shape)) for name, t in sorted(tensors.items())]
     with output_file(directory / WEIGHTS_FILE) as partial:
         with TensorFileWriter(partial, specs) as writer:
             for name, tensor in tensors.items():
                 writer.write(name, tensor)
+    with output_file(directory / CONFIG_FILE) as partial:
+        write_json(partial, config)

@@ -2,55 +2,47 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from typing import Any
 
 from taskvec.adapter import Adapter
 from taskvec.diagnosis.cause import Cause, counted, named, whole
+from taskvec.diagnosis.damage import clipped, damaged, overflow, partly_unmerged
 from taskvec.diagnosis.factors import FactorTest
 from taskvec.diagnosis.findings import Findings
 from taskvec.diagnosis.merges import REMERGED, UNMERGED_AGAIN
-from taskvec.diagnosis.outliers import Outliers
 from taskvec.diagnosis.partly import partly_merged
+from taskvec.diagnosis.reordered import TURNED
 from taskvec.diagnosis.scalings import scaled
-from taskvec.rounding import FP16, FP32, Format
+from taskvec.rounding import FP16, Format
 from taskvec.verdict import adapted
+
+_OF_TOKENS = re.compile(r"embed|\bwte\b|lm_head")
 
 
 def simple_causes(findings: Findings, adapter: Adapter) -> list[Cause]:
     """The causes that need no look at the structure of what is left."""
     return [
-        *_overflow(findings),
+        *overflow(findings),
         *_unmerged(findings),
-        *_partly_unmerged(findings),
+        *partly_unmerged(findings),
         *_lower_precision_base(findings),
         *_lower_precision_adapter(findings),
+        *_rounded_otherwise(findings),
+        *_rescaled(findings),
         *_transposed(findings),
         *_without_magnitudes(findings),
+        *_misapplied(findings),
         *_misplaced(findings),
         *_reordered(findings),
-        *_reordered_rows(findings),
+        *_reordered_lines(findings),
         *partly_merged(findings),
         *_shared(findings),
         *_unmerged_again(findings),
         *scaled(findings, adapter),
-        *_damaged(findings),
+        *clipped(findings),
+        *damaged(findings),
     ]
-
-
-def _overflow(findings: Findings) -> list[Cause]:
-    if not findings.overflow:
-        return []
-    count = sum(outliers.count for outliers in findings.overflow)
-    first = findings.overflow[0]
-    place = first.shown[0]
-    format = FP16 if findings.format is FP32 else findings.format
-    sentence = (
-        f"Overflow: {count:,} elements of {counted(findings.overflow)} are beyond what "
-        f"{format.name} holds ({format.largest:g}), first {first.name}, row {place['row']}, column "
-        f"{place['column']}: {_shown(place['expected'])} is stored as {_shown(place['merged'])}."
-    )
-    return [Cause("overflow", sentence, _places(findings.overflow), len(findings.overflow))]
 
 
 def _unmerged(findings: Findings) -> list[Cause]:
@@ -73,16 +65,6 @@ def _unmerged(findings: Findings) -> list[Cause]:
         f"the base's own{as_stored}, bit for bit."
     )
     return [Cause("some_modules_not_merged", sentence, evidence, len(names))]
-
-
-def _partly_unmerged(findings: Findings) -> list[Cause]:
-    parts = [outliers for outliers in findings.damage if outliers.unmerged]
-    if not parts:
-        return []
-    shown = ", ".join(outliers.where for outliers in parts[:3])
-    more = f" and {len(parts) - 3} more parameters" if len(parts) > 3 else ""
-    sentence = f"Not merged: {shown}{more}, which are the base's own; the rest is merged."
-    return [Cause("some_modules_not_merged", sentence, _places(parts), len(parts))]
 
 
 def _unmoved(findings: Findings) -> int:
@@ -170,18 +152,81 @@ def _lower_precision_adapter(findings: Findings) -> list[Cause]:
     ]
 
 
+def _rounded_otherwise(findings: Findings) -> list[Cause]:
+    causes = []
+    for how in dict.fromkeys(findings.rounded_otherwise.values()):
+        names = [name for name, found in findings.rounded_otherwise.items() if found == how]
+        sentence = (
+            f"Rounded otherwise than to the nearest number of {findings.format.name}: {how} (seen "
+            f"in {whole(names, findings)})."
+        )
+        causes.append(
+            Cause("rounded_otherwise", sentence, {"parameters": names, "how": how}, len(names))
+        )
+    return causes
+
+
+def _rescaled(findings: Findings) -> list[Cause]:
+    groups: dict[tuple[str | None, bool], list[str]] = {}
+    for name, item in findings.rescaled.items():
+        groups.setdefault((item.lines, item.of_base == 0), []).append(name)
+    causes = []
+    for (lines, alone), names in groups.items():
+        found = {name: findings.rescaled[name] for name in names}
+        base = [item.of_base for item in found.values()]
+        delta = [item.of_delta for name, item in found.items() if name in findings.adapted]
+        where = whole(names, findings)
+        if alone:
+            sentence = (
+                f"The base is missing in {where}: what is stored there is the adapter's delta "
+                "alone."
+            )
+        elif lines:
+            ends = [value for item in found.values() for value in (item.of_base, item.of_delta)]
+            sentence = (
+                f"The weights themselves were scaled in {where}: each of their {lines} by a factor "
+                f"of its own, {_between(ends)}, as SmoothQuant and AWQ fold the scales of "
+                "activations into them, and the inverse into the layer before."
+            )
+        else:
+            added = f", and the delta by {_between(delta)}" if delta else ""
+            sentence = (
+                f"The weights themselves were scaled in {where}: the base by {_between(base)}"
+                f"{added}, as decay, an average, or interpolation on a sphere (SLERP) leaves them."
+            )
+        evidence = {
+            "parameters": names,
+            "lines": lines,
+            "factors": {
+                name: [item.of_base, item.of_delta if name in findings.adapted or lines else None]
+                for name, item in found.items()
+            },
+        }
+        causes.append(Cause("weights_scaled", sentence, evidence, len(names)))
+    return causes
+
+
+def _between(values: Sequence[float]) -> str:
+    low, high = f"{min(values):.6g}", f"{max(values):.6g}"
+    return low if low == high else f"{low} to {high}"
+
+
 def _transposed(findings: Findings) -> list[Cause]:
     by_bits = {n: found for n, found in findings.merges.items() if found.merge.transposed}
     by_bounds = {name: test for name, test in findings.factors.items() if test.transposed}
     names = [*by_bits, *by_bounds]
     if not names:
         return []
+    shapes = {result.name: result.shape for result in findings.results}
+    reshaped = [name for name in names if len(set(shapes[name])) > 1]
+    its = "its transpose" + ", reshaped where that is not square," * bool(reshaped)
     sentence = (
-        f"The delta was added transposed to {whole(names, findings)}: its transpose explains "
+        f"The delta was added transposed to {whole(names, findings)}: {its} explains "
         "every element that moved, or nearly every one."
     )
     evidence = {
         "parameters": names,
+        "reshaped_parameters": reshaped,
         "reproduced_share": min((1 - f.missed_share for f in by_bits.values()), default=None),
     }
     return [Cause("transposed", sentence, evidence, len(names))]
@@ -199,6 +244,19 @@ def _without_magnitudes(findings: Findings) -> list[Cause]:
     )
     evidence = {"parameters": names, "factors": dict(zip(names, factors, strict=True))}
     return [Cause("magnitudes_left_out", sentence, evidence, len(names))]
+
+
+def _misapplied(findings: Findings) -> list[Cause]:
+    causes = []
+    for how in dict.fromkeys(findings.misapplied.values()):
+        names = [name for name, found in findings.misapplied.items() if found == how]
+        sentence = (
+            f"DoRA's magnitudes were misapplied in {whole(names, findings)}: W + scaling * B @ A "
+            f"was {how}."
+        )
+        evidence = {"parameters": names, "how": how}
+        causes.append(Cause("magnitudes_misapplied", sentence, evidence, len(names)))
+    return causes
 
 
 def _misplaced(findings: Findings) -> list[Cause]:
@@ -226,17 +284,30 @@ def _reordered(findings: Findings) -> list[Cause]:
     return [Cause("reordered", sentence, evidence, len(names))]
 
 
-def _reordered_rows(findings: Findings) -> list[Cause]:
+def _reordered_lines(findings: Findings) -> list[Cause]:
     causes = []
-    for what, of in (("weights", "of the weights"), ("update", "of the update alone")):
-        names = [name for name, found in findings.reordered_rows.items() if found == what]
-        if names:
+    for what in dict.fromkeys(findings.reordered_lines.values()):
+        names = [name for name, found in findings.reordered_lines.items() if found == what]
+        if what == TURNED:
             sentence = (
-                f"The rows {of} are in another order in {whole(names, findings)}, as where the "
-                "heads of an attention are laid out otherwise (Meta's or GGUF's for rotary "
-                "embeddings, fused projections)."
+                f"The weights are stored transposed in {whole(names, findings)}: (in, out) where "
+                "the base has (out, in), or the reverse."
             )
-            causes.append(Cause("reordered", sentence, {"rows_of": names}, len(names)))
+            evidence = {"parameters": names, "whole_weights": True}
+            causes.append(Cause("transposed", sentence, evidence, len(names)))
+            continue
+        tokens = all(_OF_TOKENS.search(name) for name in names)
+        why = (
+            "the tokens are numbered otherwise"
+            if tokens
+            else (
+                "the heads of an attention are laid out otherwise (Meta's or GGUF's for rotary "
+                "embeddings, fused projections)"
+            )
+        )
+        sentence = f"The {what} are in another order in {whole(names, findings)}, as where {why}."
+        evidence = {f"{what.split()[0]}_of": names}
+        causes.append(Cause("reordered", sentence, evidence, len(names)))
     return causes
 
 
@@ -252,28 +323,6 @@ def _shared(findings: Findings) -> list[Cause]:
         )
         for name, source in findings.shared.items()
     ]
-
-
-def marginal_cause(findings: Findings) -> Cause:
-    """When a few elements at the edge of their bounds are all that was found."""
-    names = [result.name for result in findings.marginal]
-    tallies = [
-        found.certificate.tally
-        for result, found in adapted(findings.results)
-        if result.name in names
-    ]
-    count = sum(tally.violations for tally in tallies)
-    ratio = max(tally.max_ratio for tally in tallies)
-    what = (
-        f"{count} elements of {named(names)} are out of their bounds by a factor of {ratio:.3g} at "
-        "most, and no recipe reproduces the others bit for bit"
-        if count
-        else f"a few elements of {named(names)} differ from the recipe that reproduces the others, "
-        "but by no more than another matmul would make them"
-    )
-    sentence = f"Not explained: {what}. That is too little to tell damage from another change."
-    evidence = {"parameters": names, "elements": count, "max_ratio_to_bound": ratio}
-    return Cause("unknown", sentence, evidence, len(names))
 
 
 def _unmerged_again(findings: Findings) -> list[Cause]:
@@ -296,46 +345,3 @@ def _undone(test: FactorTest) -> str | None:
     if test.vanishes:
         return UNMERGED_AGAIN
     return REMERGED if test.sums > 1 and test.allows(1.0) else None
-
-
-def _damaged(findings: Findings) -> list[Cause]:
-    damage = [outliers for outliers in findings.damage if not outliers.unmerged]
-    if not damage:
-        return []
-    damage.sort(key=lambda outliers: -outliers.count)
-    count = sum(outliers.count for outliers in damage)
-    shown = ", ".join(outliers.where for outliers in damage[:3])
-    more = f" and {len(damage) - 3} more parameters" if len(damage) > 3 else ""
-    first = damage[0].shown[0]
-    verb = "is" if count == 1 else "are"
-    sentence = (
-        f"Corrupted: {shown}{more} {verb} not what base + adapter gives, the rest is. Row "
-        f"{first['row']}, column {first['column']} holds {_shown(first['merged'])} instead of "
-        f"{_shown(first['expected'])}."
-    )
-    return [Cause("corrupted", sentence, _places(damage), len(damage))]
-
-
-def _shown(value: float | str) -> str:
-    return value if isinstance(value, str) else f"{value:.9g}"
-
-
-def _places(found: Sequence[Outliers]) -> dict[str, Any]:
-    return {
-        "parameters": [outliers.name for outliers in found],
-        "elements": sum(outliers.count for outliers in found),
-        "places": [
-            {
-                "parameter": outliers.name,
-                "elements": outliers.count,
-                "rows": len(outliers.rows),
-                "first_row": min(outliers.rows),
-                "last_row": max(outliers.rows),
-                "columns": len(outliers.columns),
-                "first_column": min(outliers.columns),
-                "last_column": max(outliers.columns),
-                "first_elements": outliers.shown,
-            }
-            for outliers in found
-        ],
-    }

@@ -15,6 +15,7 @@ from taskvec.bounds import bound_rows, families
 from taskvec.certificate import Block, ParameterCertificate
 from taskvec.compare import Comparison, ParameterResult
 from taskvec.diagnosis.case import Case, lower_formats, merged_rows, wide, worst_row
+from taskvec.diagnosis.merges import turned
 from taskvec.rounding import FP32, U32, Format
 from taskvec.update import Update
 from taskvec.updates.dora import Dora
@@ -57,8 +58,8 @@ class FactorTest:
         self.plain = plain
         if isinstance(update, LowRank) and (transposed or tf32):
             A, B = (_to_tf32(factor, tf32) if tf32 else factor for factor in (update.A, update.B))
-            turned = update.transposed != transposed
-            self.update = replace(update, A=A, B=B, transposed=turned)
+            self.update = replace(update, A=A, B=B)
+            self.update = turned(self.update) if transposed else self.update
         self.tf32 = tf32
         self.format, self.stored = format, stored
         self.subtracted_format, self.base_format = subtracted_format, base_format
@@ -90,10 +91,10 @@ class FactorTest:
 
     def add(self, block: Block, among: torch.Tensor | None = None) -> bool:
         """Take rows into account, all or some of their elements; False if no factor is left."""
-        base, target = block.subtracted.double(), block.task_vector.double()
+        base, target = block.base.double(), block.task_vector.double()
         if self.base_format is not None:
-            rounded = self.base_format.round(wide(block.base)).double()
-            target, base = target + (base - rounded), rounded
+            base = self.base_format.round(wide(block.base)).double()
+            target = target + (block.subtracted.double() - base)
         delta = self.update.exact(block.start, block.stop)
         finite = torch.isfinite(target)
         if among is not None:
@@ -188,7 +189,7 @@ def _factor_tests(
     tests = [make()]
     update = tests[0].update
     product = isinstance(update, LowRank)
-    if isinstance(update, LowRank) and update.stored is None and result.shape[0] == result.shape[1]:
+    if isinstance(update, LowRank) and update.stored is None:
         tests.append(make(transposed=True))
     tests += [make(base_format=lower) for lower in lower_formats(format)]
     if isinstance(update, Dora):

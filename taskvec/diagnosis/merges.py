@@ -26,6 +26,7 @@ from taskvec.rounding import (
     subtract_rows,
 )
 from taskvec.update import Update
+from taskvec.updates.dora import Dora
 from taskvec.updates.products import LowRank
 
 # Of the elements that moved, a wrong hypothesis misses about half or more; the right one misses
@@ -47,7 +48,7 @@ class WrongMerge:
         format: the format that the sums are rounded to.
         base_format: what W was rounded to before, other than by the recipe.
         delta_format: what the recipe rounds factors and delta to, if not to ``format``.
-        transposed: the delta is added the wrong way round.
+        transposed: the delta is added the wrong way round, and read in the weight's shape.
         unmerge_rounds: what is subtracted is rounded first, as PEFT does whatever it added.
         wrong: False for the merge that should have been made.
     """
@@ -68,9 +69,11 @@ class WrongMerge:
         if self.base_format is not None:
             merged = self.base_format.round(wide(merged))
         if not isinstance(update, LowRank):
-            merged = update.merged(self.recipe, merged, block.start, block.stop, self.format)
+            for _ in self.scalings:
+                merged = update.merged(self.recipe, merged, block.start, block.stop, self.format)
+                update = _onto_its_result(update, self.recipe, self.format)
             return subtract_rows(merged, block.subtracted)
-        update = replace(update, transposed=update.transposed != self.transposed)
+        update = turned(update) if self.transposed else update
         format = self.delta_format or self.format
         for number, scaling in enumerate(self.scalings):
             recipe = update.followed(self.recipe)
@@ -159,7 +162,7 @@ def merges(update: Update, comparison: Comparison, rslora: bool) -> Iterator[Wro
     for (scalings, texts), recipe in itertools.product(undone, recipes):
         for rounds in (False, True):
             yield WrongMerge(scalings, texts, recipe, format, unmerge_rounds=rounds)
-    if update.stored is None and update.matrix[0] == update.matrix[1]:
+    if update.stored is None:
         for recipe in recipes:
             yield WrongMerge((s,), (), recipe, format, transposed=True)
     for lower in lower_formats(format):
@@ -172,17 +175,38 @@ def merges(update: Update, comparison: Comparison, rslora: bool) -> Iterator[Wro
                 yield WrongMerge((s,), (), recipe, format, delta_format=lower)
 
 
+def turned(update: LowRank) -> LowRank:
+    """The transposed delta in the parameter's shape: reshaped where that is not square."""
+    return replace(update, transposed=not update.transposed, stored=update.shape)
+
+
+def _onto_its_result(update: Update, recipe: Recipe, format: Format) -> Update:
+    """The same update for what it made of the base; of DoRA, the norms are those of that."""
+    if not isinstance(update, Dora):
+        return update
+    first = update
+
+    def base(start: int, stop: int) -> torch.Tensor:
+        return first.merged(recipe, first.base(start, stop), start, stop, format)
+
+    return replace(first, base=base, _kept={})
+
+
 def _of_any_kind(update: Update, recipes: Sequence[Recipe], format: Format) -> Iterator[WrongMerge]:
-    """What can go wrong whatever is done to a parameter: a base or a result that was rounded."""
+    """What can go wrong whatever is done: twice, or a base or a result that was rounded."""
     s = (update.scaling or 0.0,)
     for recipe in recipes:
         yield WrongMerge(s, (), recipe, format, wrong=False)
+    if isinstance(update, Dora):
+        for recipe in recipes:
+            yield WrongMerge(2 * s, (DORA_TWICE,), recipe, format)
     for lower, recipe in itertools.product(lower_formats(format), recipes):
         yield WrongMerge(s, (), recipe, format, base_format=lower)
         yield WrongMerge(s, (), recipe, lower)
 
 
 TWICE = "merged twice, or alpha doubled"
+DORA_TWICE = "merged twice, the second time with the norms of the first result"
 THRICE = "merged three times"
 UNMERGED_AGAIN = "merged and unmerged again"
 REMERGED = "merged, unmerged and merged again"
@@ -193,7 +217,7 @@ def readings(scaling: float, rank: int, rslora: bool) -> dict[float, tuple[str, 
     root = math.sqrt(rank)
     named = [
         (2 * scaling, TWICE),
-        (-scaling, "subtracted instead of added"),
+        (-scaling, "subtracted instead of added, or base and merged model swapped"),
         (1.0, "scaling left out: B @ A was added as it is"),
         (scaling * (root if rslora else rank), "scaling left out: alpha was not divided"),
         (

@@ -15,7 +15,7 @@ from taskvec.compare import Comparison, ParameterResult
 from taskvec.diagnosis.case import Case, merged_rows, wide
 from taskvec.diagnosis.merges import WrongMerge
 from taskvec.header import row_shape
-from taskvec.rounding import FP16, NARROW_FORMATS, Format, half_ulp, subtract_rows
+from taskvec.rounding import FP16, NARROW_FORMATS, Format, Recipe, half_ulp, subtract_rows
 
 # Scattered elements up to this number, or this share, are damage; more must lie together.
 _FEW, _FEW_SHARE = 16, 1e-3
@@ -38,7 +38,11 @@ class Outliers:
         first, last: their range in storage order.
         unmoved: those that have the value of the base.
         zeros: those that are 0.
+        nearer: those that are nearer to 0 than they should be.
+        least: of their absolute values.
+        most: of the absolute values of all elements.
         shown: the first few, as JSON.
+        recipe: what gives every other element bit for bit; None where that is not known.
     """
 
     name: str
@@ -50,7 +54,11 @@ class Outliers:
     last: int = -1
     unmoved: int = 0
     zeros: int = 0
+    nearer: int = 0
+    least: float = math.inf
+    most: float = 0.0
     shown: list[dict[str, Any]] = field(default_factory=list)
+    recipe: str | None = None
 
     @property
     def width(self) -> int:
@@ -73,6 +81,12 @@ class Outliers:
     def unmerged(self) -> bool:
         """A part that the merge left out, rather than damage."""
         return self.count > _FEW and self.unmoved == self.count
+
+    @property
+    def clipped(self) -> bool:
+        """Cut to the largest value, to within what the rounding of T can do to it."""
+        largest = self.least * (1 + 2.0**-20) >= self.most > 0
+        return 0 < self.count == self.nearer and largest and math.isfinite(self.most)
 
     @property
     def sparse_zeros(self) -> bool:
@@ -101,7 +115,10 @@ class Outliers:
         rows = flat.any(1).nonzero().flatten()
         self.rows.update((rows + block.start).tolist())
         self.columns.update(flat.any(0).nonzero().flatten().tolist())
-        self.zeros += int((wrong & (merged_rows(block) == 0)).sum())
+        merged = merged_rows(block)
+        self.zeros += int((wrong & (merged == 0)).sum())
+        self.nearer += int((wrong & (merged.abs() < expected.abs())).sum())
+        self.least = min(self.least, float(merged[wrong].abs().min()))
         first, last = int(rows[0]), int(rows[-1])
         if self.first < 0:
             self.first = (block.start + first) * self.width + int(flat[first].nonzero()[0])
@@ -136,6 +153,7 @@ def locate(case: Case, name: str, find: Finder) -> Outliers:
         wrong, expected = find(block)
         outliers.add(block, wrong, block.subtracted.double() + expected.double())
         unmoved = subtract_rows(format.round(wide(block.base)), block.subtracted)
+        outliers.most = max(outliers.most, float(merged_rows(block).abs().max()))
         outliers.unmoved += int((wrong & (block.task_vector == unmoved)).sum())
         if 2 * outliers.count > info.elements:
             break
@@ -157,12 +175,50 @@ def off_the_merge(
             block.start,
             block.stop,
             delta=update.exact(block.start, block.stop),
-            base=block.subtracted.double(),
+            base=block.base.double(),
             format=merge.format,
         )
         ulp = 2 * half_ulp(merged_rows(block), merge.format)
         wrong = (gap >= _DAMAGE_ULPS * ulp) & torch.isfinite(block.task_vector)
         return wrong | outside(block)[0], expected
+
+    return find
+
+
+def off_the_bits(case: Case, result: ParameterResult, merge: WrongMerge) -> Finder:
+    """Finds the finite elements that a merge does not give bit for bit."""
+    update = case.update(result.name)
+
+    def find(block: Block) -> tuple[torch.Tensor, torch.Tensor]:
+        expected = merge.task_vector(update, block)
+        return (expected != block.task_vector) & torch.isfinite(block.task_vector), expected
+
+    return find
+
+
+def out_of_interval(
+    case: Case, result: ParameterResult, recipe: Recipe, *, rounded_anywhere: bool
+) -> Finder:
+    """Finds the finite elements that no other arithmetic gives either, by the same recipe."""
+    update, format = case.update(result.name), case.format_of(result.name)
+
+    def find(block: Block) -> tuple[torch.Tensor, torch.Tensor]:
+        def as_found(merged: torch.Tensor) -> torch.Tensor:
+            return subtract_rows(merged, block.subtracted)
+
+        rows = block.base, block.start, block.stop
+        low, high = update.interval(
+            recipe,
+            block.start,
+            block.stop,
+            base=block.base,
+            format=format,
+            where=torch.ones_like(block.task_vector, dtype=torch.bool),
+            rounded_anywhere=rounded_anywhere,
+        )
+        low, high = (as_found(end.reshape(block.task_vector.shape)) for end in (low, high))
+        wrong = (block.task_vector < low) | (block.task_vector > high)
+        return wrong, as_found(update.merged(recipe, *rows, format))
 
     return find
 
@@ -180,7 +236,7 @@ def out_of_bounds(case: Case, result: ParameterResult, comparison: Comparison) -
             block.stop,
             delta=delta,
             merged=merged_rows(block),
-            base=block.subtracted.double(),
+            base=block.base.double(),
             base_format=certificate.base_format,
             format=certificate.format,
         )

@@ -2,8 +2,9 @@
 
 A quantised weight is a code of b bits times the scale of its block: bitsandbytes' 4-bit formats
 have 16 values in 64 consecutive weights (Dettmers et al., arXiv 2305.14314, section 3), its 8-bit
-format 255 in a row (arXiv 2208.07339, section 2.1). Merging moves each weight by its delta, which
-is known, so M - delta shows the levels again, blurred by the rounding of M.
+format 255 in a row (arXiv 2208.07339, section 2.1), fp8 255 in all (Micikevicius et al., arXiv
+2209.05433) where a tensor shares a scale. Merging moves each weight by its delta, which is known,
+so M - delta shows the levels again, blurred by the rounding of M.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ def quantised(case: Case, result: ParameterResult) -> Quantised | None:
     merged = merged_rows(block)
     if not bool(torch.isfinite(merged).all()):
         return None
-    if bits := _bits(block, merged, half_ulp(merged, format)):
+    bits = _bits(block, merged, half_ulp(merged, format)) or _one_scale(block, merged, format)
+    if bits:
         return Quantised(bits, None if result.comparison is None else True)
     if result.comparison is not None and (
         bits := _bits(block, *_without_delta(case, result, block, format))
@@ -80,6 +82,18 @@ def _bits(block: Block, weight: torch.Tensor, blur: torch.Tensor) -> int | None:
         ):
             return bits
     return None
+
+
+def _one_scale(block: Block, merged: torch.Tensor, format: Format) -> int | None:
+    """8, where all of it takes no more values than as many bits, and the base more."""
+    levels = _LEVELS[8]
+    few = merged.numel() >= 2 * levels and _values(merged) <= levels
+    return 8 if few and _values(format.round(block.subtracted)) > levels else None
+
+
+def _values(weight: torch.Tensor) -> int:
+    """How many different values there are."""
+    return int((weight.reshape(-1).sort().values.diff() > 0).sum()) + 1
 
 
 def _off_steps(
@@ -117,7 +131,7 @@ def _without_delta(
         update,
         block,
         delta=delta,
-        base=block.subtracted.double(),
+        base=block.base.double(),
         base_format=None,
         format=format,
         stored=block.base.dtype,

@@ -41,6 +41,7 @@ _ROUNDINGS = 2  # of the base and of the sum, or of two sums
 _SPARE_RANK = 24  # ranks are counted up to twice the adapter's and this
 _SAME_SUBSPACE = 0.9
 _CONTAINED = 0.99  # one of two spans lies in the other
+_ALONG = 0.99  # a cosine: the task vector is the delta times a factor, but for some noise
 _SIGMAS = 4.0
 
 
@@ -132,6 +133,8 @@ def adapted_remainder(
     update = case.update(result.name)
     if not isinstance(update, LowRank) or update.stored is not None:
         kind = FURTHER if slope.contained else GONE if slope.absent else UNRELATED
+        if kind == UNRELATED and abs(result.cosine or 0.0) >= _ALONG:
+            kind = RESCALED
         return Remainder(result.name, kind, {"rank": None, **_evidence(result)})
     shape = update.matrix
     noise = _noise(case, result.name, shape, update)
@@ -190,7 +193,10 @@ def _kind(
     if whole.low and whole.rank:
         explained = sums.product**2 / sums.delta_squared if sums.delta_squared else 0.0
         residual = whole.squared_norm - explained
-        if overlap >= _SAME_SUBSPACE and residual <= _MARGIN * whole.noise_energy:
+        # A task vector that was scaled after it was rounded has that rounding scaled as well.
+        times = max(1.0, sums.product / sums.delta_squared) if sums.delta_squared else 1.0
+        noise = whole.noise_energy * (1 + times**2) / _ROUNDINGS
+        if overlap >= _SAME_SUBSPACE and residual <= _MARGIN * noise:
             return RESCALED
         return OTHER
     return FURTHER if slope.contained else UNRELATED

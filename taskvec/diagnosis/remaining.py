@@ -260,7 +260,11 @@ def _names_by_kind(sample: list[Remainder], names: list[str]) -> dict[str, list[
 
 def _other_adapter(found: _Kind) -> tuple[str, str]:
     overlap = max((item.evidence["subspace_overlap"] for item in found.adapted), default=0.0)
-    related = "another checkpoint of the same" if overlap > _RELATED else "an adapter of another"
+    related = "an adapter of another training would"
+    if overlap > _RELATED:
+        related = (
+            "another checkpoint of the same training would, or a mix of its factors with another's"
+        )
     more = (
         f"; {counted(found.others)} this one leaves alone changed as well" if found.others else ""
     )
@@ -268,7 +272,7 @@ def _other_adapter(found: _Kind) -> tuple[str, str]:
     return "other_adapter", (
         f"Another adapter was merged: the task vector of {found.where} is of rank "
         f"{found.ranks('rank')}, but no multiple of the delta, with which it shares "
-        f"{percent(overlap)} of its subspace, as {related} training would{more} "
+        f"{percent(overlap)} of its subspace, as {related}{more} "
         f"({_estimate(found.slope)})."
     )
 
@@ -311,8 +315,8 @@ def _additional_adapter(found: _Kind) -> tuple[str, str]:
 
 def _rescaled(found: _Kind) -> tuple[str, str]:
     return "scaled", (
-        f"The adapter was scaled by about {found.slope.value:.3g} in {found.where}: the "
-        f"task vector lies in the delta's subspace ({_estimate(found.slope)})."
+        f"The adapter was scaled by about {found.slope.value:.3g} in {found.where}: the task "
+        f"vector points where the delta does ({_estimate(found.slope)})."
     )
 
 

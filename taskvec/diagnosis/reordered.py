@@ -1,4 +1,4 @@
-"""Are weights, or rows of them, in the wrong place?
+"""Are weights, or rows or columns of them, in the wrong place?
 
 As where layers were swapped or counted from 1, or where the rows of an attention's projections lie
 as in Meta's files and in GGUF, which order the rotary halves of a head otherwise than transformers.
@@ -15,10 +15,15 @@ from taskvec.certificate import Block
 from taskvec.compare import ParameterResult
 from taskvec.diagnosis.case import Case, merged_rows, wide
 from taskvec.diagnosis.factors import FactorTest
+from taskvec.diagnosis.permuted import MOVED, permuted
 from taskvec.rounding import NARROW_FORMATS, U32, half_ulp, subtract_rows
+from taskvec.update import Update
 
-_LEAST_ROWS, _PROJECTIONS = 16, 4
+WEIGHTS, UPDATE, TURNED = "of the weights", "of the update alone", "turned"
+
+_LEAST_LINES, _PROJECTIONS = 16, 4
 _ROUNDINGS = 4  # half ulps: more than a sum of many independent rounding errors comes to
+_TURNED = 1 << 24  # elements of columns that are kept at a time
 _RESOLVED = (
     0.05  # the sorted products of other rows are farther apart than this share of their size
 )
@@ -47,36 +52,96 @@ def weights_elsewhere(case: Case, results: Sequence[ParameterResult]) -> dict[st
     return found
 
 
-def rows_reordered(case: Case, result: ParameterResult) -> str | None:
-    """What has its rows in another order: "weights", "update", or None if nothing has.
+def lines_reordered(case: Case, result: ParameterResult) -> str | None:
+    """What lies in another order: rows or columns "of the weights" or "of the update alone".
+
+    `TURNED` where rows and columns of the weights have changed places.
 
     The rows of two matrices are the same ones if their products with any vector are, once sorted;
-    it is tried with a few vectors.
+    it is tried with a few vectors. Rounding blurs the products of a small update, of which
+    `taskvec.diagnosis.permuted` asks more.
     """
     info = case.base.tensors[result.name]
-    if len(result.shape) != 2 or info.rows < _LEAST_ROWS:
+    if len(result.shape) != 2:
         return None
-    generator = torch.Generator().manual_seed(0)
-    shape = info.row_elements, _PROJECTIONS
-    vectors = torch.randn(shape, generator=generator, dtype=torch.float64).to(case.device)
+    products = {what: _Products(result.shape, case.device) for what in (WEIGHTS, UPDATE)}
     update = case.update(result.name) if result.comparison is not None else None
-    seen: dict[str, list[list[torch.Tensor]]] = {"weights": [], "update": []}
+    if result.shape[0] == result.shape[1] and _is_turned(case, result.name, update):
+        return TURNED
     for block in case.blocks(result.name):
         base, merged = block.subtracted.double(), merged_rows(block)
         delta = update.exact(block.start, block.stop) if update else torch.zeros_like(base)
         blur = _ROUNDINGS * half_ulp(torch.maximum(base.abs(), merged.abs()), case.format)
-        noise = (blur**2 @ vectors**2).sqrt()
-        target = block.task_vector.double()
-        seen["weights"].append([merged @ vectors, (base + delta) @ vectors, noise])
-        seen["update"].append([target @ vectors, delta @ vectors, noise])
-    for what, blocks in seen.items():
-        there, expected, noise = (torch.cat(part) for part in zip(*blocks, strict=True))
-        size, doubt = _RESOLVED * expected.std(), noise.max()
+        products[WEIGHTS].add(block.start, merged, base + delta, blur)
+        products[UPDATE].add(block.start, block.task_vector.double(), delta, blur)
+    for what, found in products.items():
+        for lines, count in (("rows", info.rows), ("columns", info.row_elements)):
+            if count >= _LEAST_LINES and found.are_reordered(lines):
+                return f"{lines} {what}"
+    return permuted(case, result.name, update)
+
+
+def _is_turned(case: Case, name: str, update: Update | None) -> bool:
+    """Whether M is (W + delta)ᵀ within rounding; a few rows are enough to refute it."""
+    format, side = case.format_of(name), case.base.tensors[name].rows
+    expected, first, step = torch.zeros(0), 0, 0  # columns of W + delta, as rows from `first` on
+    for block in case.probe_first(name):
+        if not first <= block.start < block.stop <= first + len(expected):
+            first, last = block.start, max(block.stop, block.start + step)
+            columns = [_total(rows, update)[:, first:last].clone() for rows in case.blocks(name)]
+            expected, step = torch.cat(columns).T, _TURNED // side
+        merged, wanted = merged_rows(block), expected[block.start - first : block.stop - first]
+        size = wanted.abs() + block.subtracted.double().abs()  # T is rounded to that of both
+        allowed = 2 * _ROUNDINGS * half_ulp(merged, format) + _ROUNDINGS * U32 * size
+        if not bool(((merged - wanted).abs() <= allowed).all()):
+            return False
+    return not bool((expected == expected[0, 0]).all())
+
+
+def _total(block: Block, update: Update | None) -> torch.Tensor:
+    """Rows of W + delta, float64."""
+    base = block.subtracted.double()
+    return base if update is None else base + update.exact(block.start, block.stop)
+
+
+class _Products:
+    """Products of the rows, and of the columns, of two matrices with a few vectors.
+
+    Args:
+        shape: (rows, columns) of the matrices.
+    """
+
+    def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self._right, self._left = (
+            torch.randn(length, _PROJECTIONS, generator=generator, dtype=torch.float64).to(device)
+            for length in (shape[1], shape[0])
+        )
+        # There, as expected, and the variance of their rounding: of each row, and of each column.
+        self._rows: list[list[torch.Tensor]] = []
+        columns = shape[1], _PROJECTIONS
+        self._columns = [torch.zeros(columns, dtype=torch.float64, device=device) for _ in range(3)]
+
+    def add(
+        self, start: int, there: torch.Tensor, expected: torch.Tensor, blur: torch.Tensor
+    ) -> None:
+        """Take rows into account, of both matrices and of what rounding can do to an element."""
+        left, matrices = self._left[start : start + len(there)], (there, expected)
+        self._rows.append([*(rows @ self._right for rows in matrices), blur**2 @ self._right**2])
+        for total, rows in zip(self._columns, matrices, strict=False):
+            total += rows.T @ left
+        self._columns[2] += (blur**2).T @ left**2
+
+    def are_reordered(self, lines: str) -> bool:
+        """Whether the "rows", or "columns", of one matrix are the other's, in another order."""
+        found = self._columns
+        if lines == "rows":
+            found = [torch.cat(part) for part in zip(*self._rows, strict=True)]
+        there, expected, variance = found
+        size, doubt = _RESOLVED * expected.std(), variance.max().sqrt()
         gap = (there.sort(0).values - expected.sort(0).values).abs().max()
-        moved = (there - expected).abs().max() > size
-        if bool(moved) and bool(gap <= doubt) and bool(doubt < size):
-            return what
-    return None
+        moved = ((there - expected) ** 2).mean() > MOVED * expected.var()
+        return bool(moved) and bool(gap <= doubt) and bool(doubt < size)
 
 
 def _source_of(case: Case, result: ParameterResult) -> str | None:

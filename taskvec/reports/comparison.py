@@ -166,9 +166,12 @@ def _lora(result: ParameterResult, comparison: Comparison, tolerance: float) -> 
         "snr_db": -20 * math.log10(error) if error else None,
         "exact_share": _share(sums.exact, sums.elements),
         "lost_share": _share(certificate.lost, certificate.changed_by_update),
-        "precision": certificate.format.name,
+        "precision": comparison.precision,
         "reproduced_by": certificate.reproduced_by,
         "recipe_mismatches": certificate.best_recipe.mismatches,
+        "recipe_mismatch_places": [
+            {"row": row, "column": column} for row, column in certificate.best_recipe.places
+        ],
         "bound": certificate.tally.family.name,
         "violations": certificate.violations,
         "max_ratio_to_bound": certificate.tally.max_ratio,

@@ -127,6 +127,17 @@ class Dora(Update):
         |f^ V^ - f V| <= |f| (1 + phi) |V^ - V| + phi |f V|, where V = W + s B A, f = m / ‖V‖, and
         phi bounds the relative error of f^ (`_factor_error`).
         """
+        of_sum = self.sum_error(family, start, stop, base=base, format=format)
+        relative = self._factor_error(family, format)
+        factor = self.m.double().abs() / self._exact_norm(None)
+        of_sum *= self._spread(factor * (1 + relative), start, stop)
+        of_sum += (base + delta).abs_().mul_(self._spread(relative, start, stop))
+        return of_sum.to(base.dtype)
+
+    def sum_error(
+        self, family: Family, start: int, stop: int, *, base: torch.Tensor, format: Format
+    ) -> torch.Tensor:
+        """How far V^ can be from V = W + s B A: e of the proof, rows in float64."""
         used, direction = self.direction, self.direction.exact(start, stop)
         of_sum = delta_error(used, start, stop)
         if family.round_factors:
@@ -142,11 +153,7 @@ class Dora(Update):
         of_sum += size * U32
         if family.round_delta:
             of_sum += rounding_error(size + of_sum, format)
-        relative = self._factor_error(family, format)
-        factor = self.m.double().abs() / self._exact_norm(None)
-        of_sum *= self._spread(factor * (1 + relative), start, stop)
-        of_sum += (wide + delta).abs_().mul_(self._spread(relative, start, stop))
-        return of_sum.to(base.dtype)
+        return of_sum
 
     def base_error(
         self, family: Family, base: torch.Tensor, base_format: Format | None, format: Format
