@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from taskvec.adapter import Adapter
 from taskvec.diagnosis.cause import Cause, counted, named, whole
+from taskvec.diagnosis.copies import Split
 from taskvec.diagnosis.damage import clipped, damaged, overflow, partly_unmerged
 from taskvec.diagnosis.factors import FactorTest
 from taskvec.diagnosis.findings import Findings
@@ -16,6 +17,7 @@ from taskvec.diagnosis.reordered import TURNED
 from taskvec.diagnosis.scalings import scaled
 from taskvec.rounding import FP16, Format
 from taskvec.verdict import adapted
+from taskvec.wording import percent
 
 _OF_TOKENS = re.compile(r"embed|\bwte\b|lm_head")
 
@@ -28,6 +30,7 @@ def simple_causes(findings: Findings, adapter: Adapter) -> list[Cause]:
         *partly_unmerged(findings),
         *_lower_precision_base(findings),
         *_lower_precision_adapter(findings),
+        *_rounded_adapter(findings),
         *_rounded_otherwise(findings),
         *_rescaled(findings),
         *_transposed(findings),
@@ -150,6 +153,28 @@ def _lower_precision_adapter(findings: Findings) -> list[Cause]:
         )
         for format, names in groups.items()
     ]
+
+
+def _rounded_adapter(findings: Findings) -> list[Cause]:
+    causes = []
+    for format in dict.fromkeys(format for format, _ in findings.copies.values()):
+        copies = {name: split for name, (its, split) in findings.copies.items() if its is format}
+        split = sum(copies.values(), Split())
+        sentence = (
+            f"The adapter was rounded after the merge: it holds {format.name} numbers, and "
+            f"{whole(list(copies), findings)} got a delta that is within their rounding, so an "
+            f"adapter of more digits was merged, of which this one is a copy in {format.name} "
+            f"({percent(split.share)} of T - delta lies in the spans of its factors, of noise it "
+            f"would be {percent(split.share_of_noise)}). Compare with the original."
+        )
+        evidence = {
+            "format": format.name,
+            "parameters": list(copies),
+            "share_in_factor_spans": split.share,
+            "share_of_noise": split.share_of_noise,
+        }
+        causes.append(Cause("adapter_rounded", sentence, evidence, len(copies)))
+    return causes
 
 
 def _rounded_otherwise(findings: Findings) -> list[Cause]:

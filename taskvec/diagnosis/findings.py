@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from taskvec.compare import UNEXPLAINED, Comparison, ParameterResult
 from taskvec.diagnosis.case import Case, unmerged_as
 from taskvec.diagnosis.casts import rounded_otherwise
+from taskvec.diagnosis.copies import Split, rounded_copies
 from taskvec.diagnosis.factors import FactorTest, factor_test, misplaced_from, shared_with
 from taskvec.diagnosis.magnitudes import misapplied
 from taskvec.diagnosis.merges import Agreement, WrongMerge, best_merge
@@ -43,6 +44,8 @@ class Findings:
         unmerged: adapted parameters that are the base's, and the roundings on the way.
         merges: adapted parameters that a wrong merge reproduces.
         factors: adapted parameters that are base + c * delta within rounding.
+        copies: adapted parameters that are explained by the rounding of the adapter after the
+            merge, to which format, and what is left.
         misapplied: adapted DoRA parameters, and how their magnitudes were applied.
         rounded_otherwise: parameters that were not rounded to the nearest number, and how.
         rescaled: parameters whose weights were scaled, and how.
@@ -65,6 +68,7 @@ class Findings:
     unmerged: dict[str, tuple[Format, ...]] = field(default_factory=dict)
     merges: dict[str, Agreement] = field(default_factory=dict)
     factors: dict[str, FactorTest] = field(default_factory=dict)
+    copies: dict[str, tuple[Format, Split]] = field(default_factory=dict)
     misapplied: dict[str, str] = field(default_factory=dict)
     rounded_otherwise: dict[str, str] = field(default_factory=dict)
     rescaled: dict[str, Rescaled] = field(default_factory=dict)
@@ -102,9 +106,10 @@ def examine(case: Case, results: Sequence[ParameterResult]) -> Findings:
     for result, _ in pairs:
         if result.task_vector.non_finite:
             _sort_non_finite(case, result, findings)
+    off = [(r, c) for r, c in off if r.name not in findings.rounded_otherwise]
+    copies = rounded_copies(case, off)
     for result, comparison in off:
-        if result.name not in findings.rounded_otherwise:
-            _examine_adapted(case, result, comparison, findings)
+        _examine_adapted(case, result, comparison, copies.get(result.name), findings)
     _find_misplaced(case, findings)
     for result in others:
         if result.name not in findings.rounded_otherwise:
@@ -160,7 +165,11 @@ def _sort_non_finite(case: Case, result: ParameterResult, findings: Findings) ->
 
 
 def _examine_adapted(
-    case: Case, result: ParameterResult, comparison: Comparison, findings: Findings
+    case: Case,
+    result: ParameterResult,
+    comparison: Comparison,
+    copy: tuple[Format, Split] | None,
+    findings: Findings,
 ) -> None:
     chain = unmerged_as(case, result.name)
     if chain is not None:
@@ -176,6 +185,13 @@ def _examine_adapted(
             findings.merges[result.name] = agreement
         return
     tally = comparison.certificate.tally
+    if copy is not None:
+        test = factor_test(case, result, comparison)
+        if test is not None:
+            findings.factors[result.name] = test
+        else:
+            findings.copies[result.name] = copy
+        return
     if agreement is not None and agreement.clean:
         outliers = _off_the_merge(case, result, comparison, agreement.merge)
         if not outliers.count:

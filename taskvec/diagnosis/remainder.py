@@ -14,10 +14,11 @@ from typing import Any
 import torch
 
 from taskvec.bounds import gamma
+from taskvec.certificate import Block
 from taskvec.compare import Comparison, ParameterResult
 from taskvec.diagnosis.case import Case, merged_rows
 from taskvec.noisefloor import NoiseProfile, rounding_variance
-from taskvec.rounding import U32, half_ulp
+from taskvec.rounding import U32, Format, half_ulp
 from taskvec.spectrum import (
     DENSE_ELEMENTS,
     DENSE_SIDE,
@@ -260,16 +261,21 @@ def _noise(case: Case, name: str, shape: tuple[int, int], update: LowRank | None
     """What two roundings of the weight, one of T and the matmul leave on each element."""
     format, noise = case.format_of(name), NoiseProfile(shape, case.device)
     for block in case.blocks(name):
-        base, merged = block.subtracted.double(), merged_rows(block)
-        largest = torch.where(base.abs() > merged.abs(), base, merged)
-        variance = _ROUNDINGS * rounding_variance(half_ulp(largest, format))
-        variance += rounding_variance(block.task_vector.double().abs() * U32)
+        variance = noise_variance(block, format)
         variance = variance.reshape(variance.shape[0], -1)
         if update is not None:
             matmul = gamma(update.rank + 2) * update.magnitude(block.start, block.stop)
             variance += matmul**2
         noise.add(block.start, torch.where(torch.isfinite(variance), variance, 0.0))
     return noise
+
+
+def noise_variance(block: Block, format: Format) -> torch.Tensor:
+    """What two roundings of the weight and one of T leave on each element: rows in float64."""
+    base, merged = block.subtracted.double(), merged_rows(block)
+    largest = torch.where(base.abs() > merged.abs(), base, merged)
+    variance = _ROUNDINGS * rounding_variance(half_ulp(largest, format))
+    return variance + rounding_variance(block.task_vector.double().abs() * U32)
 
 
 def _structure(

@@ -1,0 +1,327 @@
+"""Is the adapter that was given a copy, rounded to 16 bits, of the one that was merged?
+
+Much of what is published is saved in bf16 or fp16 after it was trained, and merged, in fp32. With
+B + dB and A + dA in the adapter that was merged, and s B A in the one that was given, T is
+
+    T = s (B + dB) (A + dA) + E = delta + s (dB A + B dA + dB dA) + E,
+
+where |dB| and |dA| are within half a spacing of the format, h(B) and h(A), and E is the rounding of
+the merge. So each element is within |s| (h(B) |A| + |B| h(A) + h(B) h(A)) of what rounding allows;
+and what is more than E lies in the spans of B's columns and of A's rows:
+
+    (I - P_B) (T - delta) (I - P_A) = (I - P_B) (s dB dA + E) (I - P_A),
+
+with the orthogonal projections P on the two. Training, another base or noise would leave as much
+beside the spans as in them, for each of their dimensions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+
+from taskvec.bounds import gamma
+from taskvec.certificate import Block
+from taskvec.compare import Comparison, ParameterResult
+from taskvec.diagnosis.case import Case, worst_row
+from taskvec.diagnosis.factors import tolerance
+from taskvec.diagnosis.remainder import noise_variance
+from taskvec.header import row_shape
+from taskvec.rounding import NARROW_FORMATS, U32, Format, half_ulp
+from taskvec.update import Update
+from taskvec.updates.in_turn import InTurn
+from taskvec.updates.products import Experts, LowRank
+from taskvec.updates.replaced import Replacement, TokenRows
+
+_MARGIN = 2.0  # how much larger than its estimate the energy of a few rounding errors can be
+_SIGMAS = 5.0
+
+# Rows of T and of delta -> how far rounding the adapter can have moved delta; None: what was given
+# holds other numbers than the format's.
+Spread = Callable[[Block, torch.Tensor], torch.Tensor | None]
+
+
+@dataclass
+class Split:
+    """T - delta, split by the spans of the factors: sums of squares over elements.
+
+    Attributes:
+        within, beside: of what lies in the spans, and of the rest.
+        noise_within, noise_beside: what the rounding of the merge is expected to leave there.
+        dimensions, others: of the spans, and of the rest.
+    """
+
+    within: float = 0.0
+    beside: float = 0.0
+    noise_within: float = 0.0
+    noise_beside: float = 0.0
+    dimensions: int = 0
+    others: int = 0
+
+    def __add__(self, other: Split) -> Split:
+        return Split(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    @property
+    def refutes(self) -> bool:
+        """There is more beside the spans than rounding leaves there."""
+        return self.beside > _MARGIN * self.noise_beside
+
+    @property
+    def share(self) -> float:
+        """Of T - delta, what lies in the spans."""
+        total = self.within + self.beside
+        return self.within / total if total else 0.0
+
+    @property
+    def share_of_noise(self) -> float:
+        """The same, if T - delta were but rounding noise."""
+        total = self.noise_within + self.noise_beside
+        return self.noise_within / total if total else 0.0
+
+    @property
+    def tells(self) -> bool:
+        """More lies in the spans than noise, of the size that the rest shows, could leave there."""
+        if not self.others or not self.noise_beside:
+            return False
+        noise = self.noise_within * self.beside / self.noise_beside
+        error = math.sqrt(2 / self.dimensions + 2 / self.others)
+        return not self.refutes and self.within > (1 + _SIGMAS * error) * noise
+
+
+@dataclass(frozen=True)
+class _Factors:
+    """A matrix L R of rank r as the parameter stores it, in float64.
+
+    Attributes:
+        first: its first row in the parameter.
+        left, right: L (m, r), with the scaling in it, and R (r, n).
+        left_error, right_error: half the format's spacing at each of their numbers.
+    """
+
+    first: int
+    left: torch.Tensor
+    right: torch.Tensor
+    left_error: torch.Tensor
+    right_error: torch.Tensor
+
+    def spread(self, start: int, stop: int) -> torch.Tensor:
+        """Rows of how far the rounding of both factors can have moved their product."""
+        left, error = self.left[start:stop].abs(), self.left_error[start:stop]
+        both = torch.cat([error, left + error], 1)
+        moved = both @ torch.cat([self.right.abs(), self.right_error])
+        return moved * (1 + gamma(self.right.shape[0] + 2))  # their matmul's bound moves as well
+
+    def noise(self, start: int, stop: int) -> torch.Tensor:
+        """Rows of the variance of what a merge's matmul rounds, and of dB dA."""
+        size = self.left[start:stop].abs() @ self.right.abs()
+        second = (self.left_error[start:stop] ** 2 / 3) @ (self.right_error**2 / 3)
+        return second + (self.right.shape[0] + 1) * (size * U32) ** 2 / 3
+
+
+def rounded_copies(
+    case: Case, pairs: Sequence[tuple[ParameterResult, Comparison]]
+) -> dict[str, tuple[Format, Split]]:
+    """The formats that factors were rounded to after they were merged, by parameter.
+
+    A parameter alone may hold too little to tell; those that one format explains tell together.
+    """
+    found = {}
+    for result, comparison in pairs:
+        if copy := _rounded_copy(case, result, comparison):
+            found[result.name] = copy
+    told = {
+        format
+        for format in NARROW_FORMATS
+        if sum((split for its, split in found.values() if its is format), Split()).tells
+    }
+    return {name: copy for name, copy in found.items() if copy[0] in told}
+
+
+def _rounded_copy(
+    case: Case, result: ParameterResult, comparison: Comparison
+) -> tuple[Format, Split] | None:
+    """The finest format whose rounding explains every element; None: of no format, or not known."""
+    if result.task_vector.non_finite:
+        return None
+    update = case.update(result.name)
+    for format in NARROW_FORMATS:
+        matrices = _matrices(update, format)
+        if matrices:
+            spread = _spread_of_products(matrices)
+        elif isinstance(update, Replacement | TokenRows):
+            spread = _spread_of_stored(format)
+        else:
+            continue
+        blocks = case.probe_first(result.name, worst_row(comparison))
+        if _allowed(update, comparison, spread, blocks):
+            split = _split(case, result.name, update, matrices) if matrices else Split()
+            return None if split.refutes else (format, split)
+    return None
+
+
+def _matrices(update: Update, format: Format) -> list[_Factors]:
+    """The matrices that a parameter consists of, experts one below the other; none where unknown.
+
+    Adapters that are merged in turn are one product, of their factors side by side.
+    """
+    parts = _parts(update)
+    factors = [factor for part in parts for factor in (part.A, part.B)]
+    if not all(torch.equal(format.round(factor), factor) for factor in factors):
+        return []
+    pieces = [_factors(part, format) for part in parts]
+    if isinstance(update, Experts):
+        rows = update.experts[0].matrix[0]
+        return [_Factors(i * rows, *piece) for i, piece in enumerate(pieces)]
+    if not pieces:
+        return []
+    left, right, left_error, right_error = zip(*pieces, strict=True)
+    return [
+        _Factors(
+            0,
+            torch.cat(left, 1),
+            torch.cat(right),
+            torch.cat(left_error, 1),
+            torch.cat(right_error),
+        )
+    ]
+
+
+def _parts(update: Update) -> list[LowRank]:
+    """The products that an update consists of; none where it is more, or where its rows are not
+    those of a matrix."""
+    if isinstance(update, Experts):
+        return list(update.experts)
+    parts = update.parts if isinstance(update, InTurn) else (update,)
+    products = [
+        part
+        for part in parts
+        if isinstance(part, LowRank) and math.prod(row_shape(part.shape)) == part.matrix[1]
+    ]
+    return products if len(products) == len(parts) else []
+
+
+def _factors(
+    update: LowRank, format: Format
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Left and right factor as the parameter is stored, and half a spacing at their numbers."""
+    A, B = update.A.double(), update.B.double()
+    left, left_error = B * update.scaling, half_ulp(B, format) * abs(update.scaling)
+    right_error = half_ulp(A, format)
+    if update.transposed:
+        return A.T, left.T, right_error.T, left_error.T
+    return left, A, left_error, right_error
+
+
+def _spread_of_products(matrices: Sequence[_Factors]) -> Spread:
+    def spread(block: Block, delta: torch.Tensor) -> torch.Tensor:
+        pieces = _pieces(matrices, block.start, block.stop)
+        rows = [factors.spread(start, stop) for factors, start, stop in pieces]
+        return torch.cat(rows).reshape(delta.shape)
+
+    return spread
+
+
+def _spread_of_stored(format: Format) -> Spread:
+    """Of what replaces the base's numbers; where it is one of them, nothing was replaced."""
+
+    def spread(block: Block, delta: torch.Tensor) -> torch.Tensor | None:
+        values, replaced = (block.base.double() + delta).float(), delta != 0
+        if not torch.equal(format.round(values)[replaced], values[replaced]):
+            return None
+        return torch.where(replaced, half_ulp(values.double(), format), 0.0)
+
+    return spread
+
+
+def _allowed(
+    update: Update, comparison: Comparison, spread: Spread, blocks: Iterable[Block]
+) -> bool:
+    """Whether each element is within its bound and how far the adapter's rounding moves it."""
+    certificate = comparison.certificate
+    for block in blocks:
+        delta = update.exact(block.start, block.stop)
+        moved = spread(block, delta)
+        if moved is None:
+            return False
+        bound = tolerance(
+            update,
+            block,
+            delta=delta,
+            base=block.base.double(),
+            base_format=certificate.base_format,
+            format=certificate.format,
+            stored=block.base.dtype,
+        )
+        if not bool(((block.task_vector.double() - delta).abs() <= bound + moved).all()):
+            return False
+    return True
+
+
+def _split(case: Case, name: str, update: Update, matrices: Sequence[_Factors]) -> Split:
+    """T - delta of a parameter, split by the spans of its factors."""
+    format = case.format_of(name)
+    splits = {factors.first: _Splitting(factors) for factors in matrices}
+    for block in case.blocks(name):
+        error = block.task_vector.double() - update.exact(block.start, block.stop)
+        rows = torch.stack([error, noise_variance(block, format)]).reshape(2, error.shape[0], -1)
+        done = 0
+        for factors, start, stop in _pieces(matrices, block.start, block.stop):
+            error, noise = rows[:, done : done + stop - start]
+            splits[factors.first].add(start, error, noise + factors.noise(start, stop))
+            done += stop - start
+    return sum((splitting.conclude() for splitting in splits.values()), Split())
+
+
+def _pieces(
+    matrices: Sequence[_Factors], start: int, stop: int
+) -> Iterator[tuple[_Factors, int, int]]:
+    """The matrices that rows of a parameter belong to, in turn, and which of their rows."""
+    for factors in matrices:
+        low = max(start - factors.first, 0)
+        high = min(stop - factors.first, factors.left.shape[0])
+        if low < high:
+            yield factors, low, high
+
+
+class _Splitting:
+    """Splits a matrix that comes in blocks of rows, in one pass.
+
+    ‖(I - P_L) X (I - P_R)‖² = ‖Y‖² - ‖Q_L^T Y‖², with Y = X (I - P_R) and Q_L a basis of the span.
+    """
+
+    def __init__(self, factors: _Factors) -> None:
+        self._left = torch.linalg.qr(factors.left).Q
+        self._right = torch.linalg.qr(factors.right.T).Q
+        m, n = factors.left.shape[0], factors.right.shape[1]
+        self._others = (m - self._left.shape[1]) * (n - self._right.shape[1])
+        self._dimensions = m * n - self._others
+        self._along = factors.right.new_zeros(self._left.shape[1], n)
+        self._outside = 1 - (self._right**2).sum(1)
+        self._total = self._beside = self._noise = self._noise_beside = 0.0
+
+    def add(self, start: int, rows: torch.Tensor, noise: torch.Tensor) -> None:
+        """Take rows from ``start`` on into account, and the variances of their rounding errors."""
+        left = self._left[start : start + rows.shape[0]]
+        beside = rows - (rows @ self._right) @ self._right.T
+        self._total += float((rows * rows).sum())
+        self._beside += float((beside * beside).sum())
+        self._along += left.T @ beside
+        self._noise += float(noise.sum())
+        self._noise_beside += float((1 - (left**2).sum(1)) @ noise @ self._outside)
+
+    def conclude(self) -> Split:
+        beside = noise_beside = 0.0
+        if self._others:
+            beside = max(self._beside - float((self._along**2).sum()), 0.0)
+            noise_beside = self._noise_beside
+        return Split(
+            within=self._total - beside,
+            beside=beside,
+            noise_within=self._noise - noise_beside,
+            noise_beside=noise_beside,
+            dimensions=self._dimensions,
+            others=self._others,
+        )
