@@ -31,6 +31,7 @@ def simple_causes(findings: Findings, adapter: Adapter) -> list[Cause]:
         *_lower_precision_base(findings),
         *_lower_precision_adapter(findings),
         *_rounded_adapter(findings),
+        *_perhaps_rounded_adapter(findings),
         *_rounded_otherwise(findings),
         *_rescaled(findings),
         *_transposed(findings),
@@ -157,9 +158,9 @@ def _lower_precision_adapter(findings: Findings) -> list[Cause]:
 
 def _rounded_adapter(findings: Findings) -> list[Cause]:
     causes = []
-    for format in dict.fromkeys(format for format, _ in findings.copies.values()):
-        copies = {name: split for name, (its, split) in findings.copies.items() if its is format}
-        split = sum(copies.values(), Split())
+    for format in dict.fromkeys(copy.format for copy in findings.copies.values()):
+        copies = {name: copy for name, copy in findings.copies.items() if copy.format is format}
+        split = sum((copy.split for copy in copies.values()), Split())
         sentence = (
             f"The adapter was rounded after the merge: it holds {format.name} numbers, and "
             f"{whole(list(copies), findings)} got a delta that is within their rounding, so an "
@@ -174,6 +175,20 @@ def _rounded_adapter(findings: Findings) -> list[Cause]:
             "share_of_noise": split.share_of_noise,
         }
         causes.append(Cause("adapter_rounded", sentence, evidence, len(copies)))
+    return causes
+
+
+def _perhaps_rounded_adapter(findings: Findings) -> list[Cause]:
+    causes = []
+    for format in dict.fromkeys(findings.maybe_copies[name] for name in findings.undecided):
+        names = [name for name in findings.undecided if findings.maybe_copies[name] is format]
+        sentence = (
+            f"Not explained: what {whole(names, findings)} got is within what rounding the adapter "
+            f"to {format.name} after the merge would do to its delta. Another change of that size "
+            "cannot be told from it here."
+        )
+        evidence = {"parameters": names, "format": format.name}
+        causes.append(Cause("unknown", sentence, evidence, len(names)))
     return causes
 
 

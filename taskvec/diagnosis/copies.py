@@ -27,7 +27,7 @@ from taskvec.bounds import gamma
 from taskvec.certificate import Block
 from taskvec.compare import Comparison, ParameterResult
 from taskvec.diagnosis.case import Case, worst_row
-from taskvec.diagnosis.factors import tolerance
+from taskvec.diagnosis.factors import factor_test, tolerance
 from taskvec.diagnosis.remainder import noise_variance
 from taskvec.header import row_shape
 from taskvec.rounding import NARROW_FORMATS, U32, Format, half_ulp
@@ -121,57 +121,91 @@ class _Factors:
         return second + (self.right.shape[0] + 1) * (size * U32) ** 2 / 3
 
 
+@dataclass(frozen=True)
+class Copy:
+    """A parameter that the rounding of its adapter to a format explains, and what is left of it."""
+
+    format: Format
+    split: Split
+
+
 def rounded_copies(
     case: Case, pairs: Sequence[tuple[ParameterResult, Comparison]]
-) -> dict[str, tuple[Format, Split]]:
-    """The formats that factors were rounded to after they were merged, by parameter.
+) -> tuple[dict[str, Copy], dict[str, Format]]:
+    """The parameters whose factors may have been rounded after they were merged.
 
-    A parameter alone may hold too little to tell; those that one format explains tell together.
+    Returns:
+        those of which it is told, and the format of those where rounding hides it. A parameter
+        alone may hold too little to tell; those that one format explains tell together.
     """
-    found = {}
-    for result, comparison in pairs:
-        if copy := _rounded_copy(case, result, comparison):
-            found[result.name] = copy
-    told = {
-        format
-        for format in NARROW_FORMATS
-        if sum((split for its, split in found.values() if its is format), Split()).tells
-    }
-    return {name: copy for name, copy in found.items() if copy[0] in told}
+    found = {result.name: _rounded_copy(case, result, comparison) for result, comparison in pairs}
+    copies = {name: copy for name, copy in found.items() if copy is not None}
+    told: set[Format] = set()
+    for format in NARROW_FORMATS:
+        splits = [copy.split for copy in copies.values() if copy.format is format]
+        if sum(splits, Split()).tells:
+            of_format = [(r, c) for r, c in pairs if _is_of(copies.get(r.name), format)]
+            worst = max(of_format, key=lambda pair: pair[1].certificate.violations)
+            if factor_test(case, *worst) is None:  # nor is it delta times a factor near to 1
+                told.add(format)
+    return (
+        {name: copy for name, copy in copies.items() if copy.format in told},
+        {name: copy.format for name, copy in copies.items() if copy.format not in told},
+    )
 
 
-def _rounded_copy(
-    case: Case, result: ParameterResult, comparison: Comparison
-) -> tuple[Format, Split] | None:
-    """The finest format whose rounding explains every element; None: of no format, or not known."""
+def _is_of(copy: Copy | None, format: Format) -> bool:
+    return copy is not None and copy.format is format
+
+
+def _rounded_copy(case: Case, result: ParameterResult, comparison: Comparison) -> Copy | None:
+    """With the finest format whose rounding explains every element; None where none does."""
     if result.task_vector.non_finite:
         return None
     update = case.update(result.name)
+    parts = update.parts if isinstance(update, InTurn) else (update,)
+    stored = [part for part in parts if isinstance(part, Replacement | TokenRows)]
+    products = _products([part for part in parts if part not in stored])
     for format in NARROW_FORMATS:
-        matrices = _matrices(update, format)
-        if matrices:
-            spread = _spread_of_products(matrices)
-        elif isinstance(update, Replacement | TokenRows):
-            spread = _spread_of_stored(format)
-        else:
+        if products is None or not _are_numbers_of(format, products):
             continue
+        matrices = _matrices(update, products, format)
         blocks = case.probe_first(result.name, worst_row(comparison))
-        if _allowed(update, comparison, spread, blocks):
-            split = _split(case, result.name, update, matrices) if matrices else Split()
-            return None if split.refutes else (format, split)
+        if _allowed(update, comparison, _spread(matrices, stored, format), blocks):
+            # Of what was stored as it is, nothing but the size tells.
+            split = Split() if stored else _split(case, result.name, update, matrices)
+            return None if split.refutes else Copy(format, split)
     return None
 
 
-def _matrices(update: Update, format: Format) -> list[_Factors]:
-    """The matrices that a parameter consists of, experts one below the other; none where unknown.
+def _products(parts: Sequence[Update]) -> list[LowRank] | None:
+    """The products that parts of an update consist of.
+
+    Returns:
+        None where they are something else, or where their rows are not those of a matrix.
+    """
+    found: list[LowRank] = []
+    for part in parts:
+        if isinstance(part, Experts) and len(parts) == 1:
+            found += part.experts
+        elif isinstance(part, LowRank) and math.prod(row_shape(part.shape)) == part.matrix[1]:
+            found.append(part)
+        else:
+            return None
+    return found
+
+
+def _are_numbers_of(format: Format, products: Sequence[LowRank]) -> bool:
+    factors = [factor for product in products for factor in (product.A, product.B)]
+    return all(torch.equal(format.round(factor), factor) for factor in factors)
+
+
+def _matrices(update: Update, products: Sequence[LowRank], format: Format) -> list[_Factors]:
+    """The matrices that a parameter consists of: experts, one below the other; else one.
 
     Adapters that are merged in turn are one product, of their factors side by side.
     """
-    parts = _parts(update)
-    factors = [factor for part in parts for factor in (part.A, part.B)]
-    if not all(torch.equal(format.round(factor), factor) for factor in factors):
-        return []
-    pieces = [_factors(part, format) for part in parts]
+    pieces = [_factors(product, format) for product in products]
     if isinstance(update, Experts):
         rows = update.experts[0].matrix[0]
         return [_Factors(i * rows, *piece) for i, piece in enumerate(pieces)]
@@ -189,20 +223,6 @@ def _matrices(update: Update, format: Format) -> list[_Factors]:
     ]
 
 
-def _parts(update: Update) -> list[LowRank]:
-    """The products that an update consists of; none where it is more, or where its rows are not
-    those of a matrix."""
-    if isinstance(update, Experts):
-        return list(update.experts)
-    parts = update.parts if isinstance(update, InTurn) else (update,)
-    products = [
-        part
-        for part in parts
-        if isinstance(part, LowRank) and math.prod(row_shape(part.shape)) == part.matrix[1]
-    ]
-    return products if len(products) == len(parts) else []
-
-
 def _factors(
     update: LowRank, format: Format
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -215,23 +235,23 @@ def _factors(
     return left, A, left_error, right_error
 
 
-def _spread_of_products(matrices: Sequence[_Factors]) -> Spread:
-    def spread(block: Block, delta: torch.Tensor) -> torch.Tensor:
-        pieces = _pieces(matrices, block.start, block.stop)
-        rows = [factors.spread(start, stop) for factors, start, stop in pieces]
-        return torch.cat(rows).reshape(delta.shape)
-
-    return spread
-
-
-def _spread_of_stored(format: Format) -> Spread:
-    """Of what replaces the base's numbers; where it is one of them, nothing was replaced."""
+def _spread(
+    matrices: Sequence[_Factors], stored: Sequence[Replacement | TokenRows], format: Format
+) -> Spread:
+    """Of the products, and of what replaces the base's numbers, where it differs from them."""
 
     def spread(block: Block, delta: torch.Tensor) -> torch.Tensor | None:
-        values, replaced = (block.base.double() + delta).float(), delta != 0
-        if not torch.equal(format.round(values)[replaced], values[replaced]):
-            return None
-        return torch.where(replaced, half_ulp(values.double(), format), 0.0)
+        total = torch.zeros_like(delta)
+        for part in stored:
+            change = part.exact(block.start, block.stop)
+            values, replaced = (block.base.double() + change).float(), change != 0
+            if not torch.equal(format.round(values)[replaced], values[replaced]):
+                return None
+            total += torch.where(replaced, half_ulp(values.double(), format), 0.0)
+        pieces = _pieces(matrices, block.start, block.stop)
+        if rows := [factors.spread(start, stop) for factors, start, stop in pieces]:
+            total += torch.cat(rows).reshape(delta.shape)
+        return total
 
     return spread
 

@@ -106,7 +106,12 @@ def marginal_cause(findings: Findings) -> Cause:
             f"{elements}, by a factor of {tally.max_ratio:.3g} at {name}, row {tally.worst.row}, "
             f"column {tally.worst.column}, and no recipe reproduces the others bit for bit"
         )
-    sentence = f"Not explained: {what}. That is too little to tell damage from another change."
+    formats = {findings.maybe_copies.get(name) for name in names}
+    copied = formats.pop() if len(formats) == 1 else None
+    others = "another change"
+    if copied is not None:
+        others = f"an adapter that was rounded to {copied.name} after the merge, or another change"
+    sentence = f"Not explained: {what}. That is too little to tell damage from {others}."
     evidence = {
         "parameters": names,
         "elements": count,

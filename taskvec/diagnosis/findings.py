@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from taskvec.compare import UNEXPLAINED, Comparison, ParameterResult
 from taskvec.diagnosis.case import Case, unmerged_as
 from taskvec.diagnosis.casts import rounded_otherwise
-from taskvec.diagnosis.copies import Split, rounded_copies
+from taskvec.diagnosis.copies import Copy, rounded_copies
 from taskvec.diagnosis.factors import FactorTest, factor_test, misplaced_from, shared_with
 from taskvec.diagnosis.magnitudes import misapplied
 from taskvec.diagnosis.merges import Agreement, WrongMerge, best_merge
@@ -44,8 +44,8 @@ class Findings:
         unmerged: adapted parameters that are the base's, and the roundings on the way.
         merges: adapted parameters that a wrong merge reproduces.
         factors: adapted parameters that are base + c * delta within rounding.
-        copies: adapted parameters that are explained by the rounding of the adapter after the
-            merge, to which format, and what is left.
+        copies: adapted parameters that the rounding of the adapter after the merge explains.
+        maybe_copies: those that it would explain as well as other noise would, and its format.
         misapplied: adapted DoRA parameters, and how their magnitudes were applied.
         rounded_otherwise: parameters that were not rounded to the nearest number, and how.
         rescaled: parameters whose weights were scaled, and how.
@@ -59,6 +59,7 @@ class Findings:
         marginal: adapted parameters with a few elements just outside their bounds.
         rounded: unadapted parameters that were rounded more than once, and to what.
         overflow, damage: elements that stand out.
+        undecided: adapted parameters of ``maybe_copies`` that nothing else explains.
         rest: adapted parameters that none of these explains.
         changed: unadapted parameters that none of these explains.
     """
@@ -68,7 +69,8 @@ class Findings:
     unmerged: dict[str, tuple[Format, ...]] = field(default_factory=dict)
     merges: dict[str, Agreement] = field(default_factory=dict)
     factors: dict[str, FactorTest] = field(default_factory=dict)
-    copies: dict[str, tuple[Format, Split]] = field(default_factory=dict)
+    copies: dict[str, Copy] = field(default_factory=dict)
+    maybe_copies: dict[str, Format] = field(default_factory=dict)
     misapplied: dict[str, str] = field(default_factory=dict)
     rounded_otherwise: dict[str, str] = field(default_factory=dict)
     rescaled: dict[str, Rescaled] = field(default_factory=dict)
@@ -82,6 +84,7 @@ class Findings:
     rounded: dict[str, tuple[Format, ...]] = field(default_factory=dict)
     overflow: list[Outliers] = field(default_factory=list)
     damage: list[Outliers] = field(default_factory=list)
+    undecided: list[str] = field(default_factory=list)
     rest: list[ParameterResult] = field(default_factory=list)
     changed: list[ParameterResult] = field(default_factory=list)
 
@@ -107,7 +110,7 @@ def examine(case: Case, results: Sequence[ParameterResult]) -> Findings:
         if result.task_vector.non_finite:
             _sort_non_finite(case, result, findings)
     off = [(r, c) for r, c in off if r.name not in findings.rounded_otherwise]
-    copies = rounded_copies(case, off)
+    copies, findings.maybe_copies = rounded_copies(case, off)
     for result, comparison in off:
         _examine_adapted(case, result, comparison, copies.get(result.name), findings)
     _find_misplaced(case, findings)
@@ -116,6 +119,8 @@ def examine(case: Case, results: Sequence[ParameterResult]) -> Findings:
             _examine_unadapted(case, result, findings)
     _find_rescaled(case, others, findings)
     _find_reordered(case, findings)
+    findings.undecided = [r.name for r in findings.rest if r.name in findings.maybe_copies]
+    findings.rest = [r for r in findings.rest if r.name not in findings.maybe_copies]
     return findings
 
 
@@ -168,7 +173,7 @@ def _examine_adapted(
     case: Case,
     result: ParameterResult,
     comparison: Comparison,
-    copy: tuple[Format, Split] | None,
+    copy: Copy | None,
     findings: Findings,
 ) -> None:
     chain = unmerged_as(case, result.name)
@@ -186,11 +191,7 @@ def _examine_adapted(
         return
     tally = comparison.certificate.tally
     if copy is not None:
-        test = factor_test(case, result, comparison)
-        if test is not None:
-            findings.factors[result.name] = test
-        else:
-            findings.copies[result.name] = copy
+        findings.copies[result.name] = copy
         return
     if agreement is not None and agreement.clean:
         outliers = _off_the_merge(case, result, comparison, agreement.merge)
