@@ -164,15 +164,17 @@ def _rounded_adapter(findings: Findings) -> list[Cause]:
         sentence = (
             f"The adapter was rounded after the merge: it holds {format.name} numbers, and "
             f"{whole(list(copies), findings)} got a delta that is within their rounding, so an "
-            f"adapter of more digits was merged, of which this one is a copy in {format.name} "
-            f"({percent(split.share)} of T - delta lies in the spans of its factors, of noise it "
-            f"would be {percent(split.share_of_noise)}). Compare with the original."
+            f"adapter of more digits was merged, of which this one is a copy in {format.name}: the "
+            f"spans of its factors hold {percent(split.share)} of T - delta, where noise would put "
+            f"{percent(split.share_of_noise)} ± {percent(split.error_of_noise)}. Compare with the "
+            "original."
         )
         evidence = {
             "format": format.name,
             "parameters": list(copies),
             "share_in_factor_spans": split.share,
             "share_of_noise": split.share_of_noise,
+            "share_of_noise_standard_error": split.error_of_noise,
         }
         causes.append(Cause("adapter_rounded", sentence, evidence, len(copies)))
     return causes

@@ -32,6 +32,7 @@ from taskvec.diagnosis.remainder import noise_variance
 from taskvec.header import row_shape
 from taskvec.rounding import NARROW_FORMATS, U32, Format, half_ulp
 from taskvec.update import Update
+from taskvec.updates.dora import Dora
 from taskvec.updates.in_turn import InTurn
 from taskvec.updates.products import Experts, LowRank
 from taskvec.updates.replaced import Replacement, TokenRows
@@ -87,8 +88,16 @@ class Split:
         if not self.others or not self.noise_beside:
             return False
         noise = self.noise_within * self.beside / self.noise_beside
-        error = math.sqrt(2 / self.dimensions + 2 / self.others)
-        return not self.refutes and self.within > (1 + _SIGMAS * error) * noise
+        return not self.refutes and self.within > (1 + _SIGMAS * self._error) * noise
+
+    @property
+    def error_of_noise(self) -> float:
+        """The standard error of `share_of_noise`."""
+        return self.share_of_noise * self._error
+
+    @property
+    def _error(self) -> float:
+        return math.sqrt(2 / self.dimensions + 2 / self.others) if self.others else math.inf
 
 
 @dataclass(frozen=True)
@@ -170,10 +179,14 @@ def _rounded_copy(case: Case, result: ParameterResult, comparison: Comparison) -
         if products is None or not _are_numbers_of(format, products):
             continue
         matrices = _matrices(update, products, format)
+        spread: Spread | None = _spread(matrices, stored, format)
+        if isinstance(update, Dora):
+            spread = _spread_of_dora(update, _spread(matrices, [], format), format)
         blocks = case.probe_first(result.name, worst_row(comparison))
-        if _allowed(update, comparison, _spread(matrices, stored, format), blocks):
-            # Of what was stored as it is, nothing but the size tells.
-            split = Split() if stored else _split(case, result.name, update, matrices)
+        if spread is not None and _allowed(update, comparison, spread, blocks):
+            # Of numbers that are stored as they are, and of DoRA's, only their size is looked at.
+            alone = not stored and not isinstance(update, Dora)
+            split = _split(case, result.name, update, matrices) if alone else Split()
             return None if split.refutes else Copy(format, split)
     return None
 
@@ -186,6 +199,7 @@ def _products(parts: Sequence[Update]) -> list[LowRank] | None:
     """
     found: list[LowRank] = []
     for part in parts:
+        part = part.direction if isinstance(part, Dora) and len(parts) == 1 else part
         if isinstance(part, Experts) and len(parts) == 1:
             found += part.experts
         elif isinstance(part, LowRank) and math.prod(row_shape(part.shape)) == part.matrix[1]:
@@ -252,6 +266,25 @@ def _spread(
         if rows := [factors.spread(start, stop) for factors, start, stop in pieces]:
             total += torch.cat(rows).reshape(delta.shape)
         return total
+
+    return spread
+
+
+def _spread_of_dora(update: Dora, of_product: Spread, format: Format) -> Spread | None:
+    """Of diag(m / ‖V‖) V, V = W + s B A, where m was rounded as well; None where it was not."""
+    m, A, B = update.m.double(), update.direction.A.double(), update.direction.B.double()
+    if not torch.equal(format.round(m), m):
+        return None
+    of_A, of_B = half_ulp(A, format), half_ulp(B, format)
+    of_norm = of_B @ torch.linalg.norm(A, dim=1) + (B.abs() + of_B) @ torch.linalg.norm(of_A, dim=1)
+    of_norm *= abs(update.scaling)
+    of_m = half_ulp(m, format)
+
+    def spread(block: Block, delta: torch.Tensor) -> torch.Tensor | None:
+        of_sum = of_product(block, delta)
+        if of_sum is None:
+            return None
+        return update.moved_by(of_sum, of_norm, of_m, block.base.double() + delta, block.start)
 
     return spread
 

@@ -26,7 +26,7 @@ from taskvec.diagnosis.outliers import (
 from taskvec.diagnosis.partial import PartialMerge, partial_merge
 from taskvec.diagnosis.reordered import lines_reordered, weights_elsewhere
 from taskvec.diagnosis.rescaled import Rescaled, rescaled, rescaled_alike
-from taskvec.rounding import Format
+from taskvec.rounding import FP32, Format
 from taskvec.verdict import adapted, judge
 
 # Where no recipe reproduces the others: so few elements so near to their bounds tell nothing, and
@@ -93,6 +93,10 @@ class Findings:
         """Names of all parameters that the adapter changes."""
         return [result.name for result, _ in adapted(self.results)]
 
+    def hidden_copy(self, name: str) -> bool:
+        """Whether the merge's rounding to 16 bits may hide that of the adapter."""
+        return name in self.maybe_copies and self.format is not FP32
+
     def scaling(self, name: str) -> float | None:
         """s of an adapted parameter; None where nothing is scaled."""
         return next(found.scaling for result, found in adapted(self.results) if result.name == name)
@@ -119,7 +123,7 @@ def examine(case: Case, results: Sequence[ParameterResult]) -> Findings:
             _examine_unadapted(case, result, findings)
     _find_rescaled(case, others, findings)
     _find_reordered(case, findings)
-    findings.undecided = [r.name for r in findings.rest if r.name in findings.maybe_copies]
+    findings.undecided += [r.name for r in findings.rest if r.name in findings.maybe_copies]
     findings.rest = [r for r in findings.rest if r.name not in findings.maybe_copies]
     return findings
 
@@ -197,6 +201,9 @@ def _examine_adapted(
         outliers = _off_the_merge(case, result, comparison, agreement.merge)
         if not outliers.count:
             findings.marginal.append(result)
+            return
+        if findings.hidden_copy(result.name) and not (outliers.clipped or outliers.together):
+            findings.undecided.append(result.name)
             return
         if outliers.clipped or outliers.few or outliers.together:
             findings.damage.append(outliers)

@@ -189,7 +189,9 @@ def _kind(
     if slope.absent and whole.low and not whole.rank:
         return GONE
     full = slope.contained and not whole.low
-    if rest.low and rest.rank and (rest.rank < whole.rank or full):
+    # What lies in the delta's own directions is no update beside it.
+    inside = whole.low and whole.rank <= (comparison.rank or 0) and overlap >= _CONTAINED
+    if rest.low and rest.rank and (rest.rank < whole.rank or full) and not inside:
         return ADDITIONAL
     if whole.low and whole.rank:
         explained = sums.product**2 / sums.delta_squared if sums.delta_squared else 0.0

@@ -155,6 +155,26 @@ class Dora(Update):
             of_sum += rounding_error(size + of_sum, format)
         return of_sum
 
+    def moved_by(
+        self,
+        of_sum: torch.Tensor,
+        of_norm: torch.Tensor,
+        of_m: torch.Tensor,
+        total: torch.Tensor,
+        start: int,
+    ) -> torch.Tensor:
+        """How far f V moves at most where V, its norms and m move by no more than given.
+
+        Args:
+            of_sum: rows of a bound on what V moves by, from row ``start`` on.
+            of_norm, of_m: the same of ‖V‖ and of m, (out,).
+            total: rows of f V.
+        """
+        norm, m, stop = self._exact_norm(None), self.m.double().abs(), start + of_sum.shape[0]
+        relative = (1 + of_m / m) / (1 - of_norm / norm).clamp_min(0.0) - 1
+        factor = self._spread(m / norm * (1 + relative), start, stop)
+        return factor * of_sum + self._spread(relative, start, stop) * total.abs()
+
     def base_error(
         self, family: Family, base: torch.Tensor, base_format: Format | None, format: Format
     ) -> torch.Tensor | None:
