@@ -59,7 +59,7 @@ def test_a_copy_of_the_adapter_that_was_merged(lab, family, precision, extracted
     assert cause["evidence"]["format"] == lower
     assert f"it holds {lower} numbers" in cause["sentence"]
     # of 32 rows and 32 columns, four each are the spans': of noise 1 - (28 / 32)^2 lies there
-    assert cause["evidence"]["share_of_noise"] < 0.4 < cause["evidence"]["share_in_factor_spans"]
+    assert cause["evidence"]["share_by_chance"] < 0.4 < cause["evidence"]["share_in_factor_spans"]
 
 
 def test_a_copy_that_is_stored_in_fp32_again(lab):

@@ -165,16 +165,16 @@ def _rounded_adapter(findings: Findings) -> list[Cause]:
             f"The adapter was rounded after the merge: it holds {format.name} numbers, and "
             f"{whole(list(copies), findings)} got a delta that is within their rounding, so an "
             f"adapter of more digits was merged, of which this one is a copy in {format.name}: the "
-            f"spans of its factors hold {percent(split.share)} of T - delta, where noise would put "
-            f"{percent(split.share_of_noise)} ± {percent(split.error_of_noise)}. Compare with the "
-            "original."
+            f"spans of its factors hold {percent(split.share)} of what sets the model apart from "
+            f"its merge, where noise would leave {percent(split.share_by_chance)} ± "
+            f"{percent(split.error_of_chance)}. Compare with the original."
         )
         evidence = {
             "format": format.name,
             "parameters": list(copies),
             "share_in_factor_spans": split.share,
-            "share_of_noise": split.share_of_noise,
-            "share_of_noise_standard_error": split.error_of_noise,
+            "share_by_chance": split.share_by_chance,
+            "share_by_chance_standard_error": split.error_of_chance,
         }
         causes.append(Cause("adapter_rounded", sentence, evidence, len(copies)))
     return causes

@@ -12,7 +12,9 @@ and what is more than E lies in the spans of B's columns and of A's rows:
     (I - P_B) (T - delta) (I - P_A) = (I - P_B) (s dB dA + E) (I - P_A),
 
 with the orthogonal projections P on the two. Training, another base or noise would leave as much
-beside the spans as in them, for each of their dimensions.
+beside the spans as in them, for each of their dimensions. Where a merge in 16 bits hides most of
+that, what is left are elements that were rounded to another number than in a merge of the copy: by
+their signs, as many times the spans' share of them lies in the spans as can be no chance.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from taskvec.diagnosis.case import Case, worst_row
 from taskvec.diagnosis.factors import factor_test, tolerance
 from taskvec.diagnosis.remainder import noise_variance
 from taskvec.header import row_shape
-from taskvec.rounding import NARROW_FORMATS, U32, Format, half_ulp
+from taskvec.rounding import NARROW_FORMATS, U32, Format, half_ulp, subtract_rows
 from taskvec.update import Update
 from taskvec.updates.dora import Dora
 from taskvec.updates.in_turn import InTurn
@@ -47,18 +49,22 @@ Spread = Callable[[Block, torch.Tensor], torch.Tensor | None]
 
 @dataclass
 class Split:
-    """T - delta, split by the spans of the factors: sums of squares over elements.
+    """M less the merge of the adapter that was given, split by the spans of its factors.
+
+    What rounding does to both is not in it, such as the loss of an update below half a spacing,
+    which lies in the spans as well. All but the last two are sums of squares over elements.
 
     Attributes:
         within, beside: of what lies in the spans, and of the rest.
-        noise_within, noise_beside: what the rounding of the merge is expected to leave there.
+        by_chance: of what would lie in the spans if each element had either sign by chance.
+        roundings: what the rounding of merges, and dB dA, are expected to leave beside them.
         dimensions, others: of the spans, and of the rest.
     """
 
     within: float = 0.0
     beside: float = 0.0
-    noise_within: float = 0.0
-    noise_beside: float = 0.0
+    by_chance: float = 0.0
+    roundings: float = 0.0
     dimensions: int = 0
     others: int = 0
 
@@ -68,32 +74,30 @@ class Split:
     @property
     def refutes(self) -> bool:
         """There is more beside the spans than rounding leaves there."""
-        return self.beside > _MARGIN * self.noise_beside
-
-    @property
-    def share(self) -> float:
-        """Of T - delta, what lies in the spans."""
-        total = self.within + self.beside
-        return self.within / total if total else 0.0
-
-    @property
-    def share_of_noise(self) -> float:
-        """The same, if T - delta were but rounding noise."""
-        total = self.noise_within + self.noise_beside
-        return self.noise_within / total if total else 0.0
+        return self.beside > _MARGIN * self.roundings
 
     @property
     def tells(self) -> bool:
-        """More lies in the spans than noise, of the size that the rest shows, could leave there."""
-        if not self.others or not self.noise_beside:
-            return False
-        noise = self.noise_within * self.beside / self.noise_beside
-        return not self.refutes and self.within > (1 + _SIGMAS * self._error) * noise
+        """More lies in the spans than chance would put there."""
+        return not self.refutes and self.within > self.by_chance * (1 + _SIGMAS * self._error)
 
     @property
-    def error_of_noise(self) -> float:
-        """The standard error of `share_of_noise`."""
-        return self.share_of_noise * self._error
+    def share(self) -> float:
+        """Of all, what lies in the spans."""
+        return self._share(self.within)
+
+    @property
+    def share_by_chance(self) -> float:
+        return self._share(self.by_chance)
+
+    @property
+    def error_of_chance(self) -> float:
+        """The standard error of `share_by_chance`."""
+        return self.share_by_chance * self._error if self.others else 0.0
+
+    def _share(self, part: float) -> float:
+        total = self.within + self.beside
+        return part / total if total else 0.0
 
     @property
     def _error(self) -> float:
@@ -186,7 +190,7 @@ def _rounded_copy(case: Case, result: ParameterResult, comparison: Comparison) -
         if spread is not None and _allowed(update, comparison, spread, blocks):
             # Of numbers that are stored as they are, and of DoRA's, only their size is looked at.
             alone = not stored and not isinstance(update, Dora)
-            split = _split(case, result.name, update, matrices) if alone else Split()
+            split = _split(case, result.name, update, comparison, matrices) if alone else Split()
             return None if split.refutes else Copy(format, split)
     return None
 
@@ -313,17 +317,24 @@ def _allowed(
     return True
 
 
-def _split(case: Case, name: str, update: Update, matrices: Sequence[_Factors]) -> Split:
-    """T - delta of a parameter, split by the spans of its factors."""
-    format = case.format_of(name)
+def _split(
+    case: Case,
+    name: str,
+    update: Update,
+    comparison: Comparison,
+    matrices: Sequence[_Factors],
+) -> Split:
+    """What sets a parameter apart from the merge of this adapter, split by the spans."""
+    format, recipe = case.format_of(name), comparison.certificate.best_recipe.recipe
     splits = {factors.first: _Splitting(factors) for factors in matrices}
     for block in case.blocks(name):
-        error = block.task_vector.double() - update.exact(block.start, block.stop)
-        rows = torch.stack([error, noise_variance(block, format)]).reshape(2, error.shape[0], -1)
+        merged = update.merged(recipe, block.base, block.start, block.stop, format)
+        apart = block.task_vector.double() - subtract_rows(merged, block.subtracted).double()
+        rows = torch.stack([apart, noise_variance(block, format)]).reshape(2, apart.shape[0], -1)
         done = 0
         for factors, start, stop in _pieces(matrices, block.start, block.stop):
-            error, noise = rows[:, done : done + stop - start]
-            splits[factors.first].add(start, error, noise + factors.noise(start, stop))
+            part, noise = rows[:, done : done + stop - start]
+            splits[factors.first].add(start, part, noise + factors.noise(start, stop))
             done += stop - start
     return sum((splitting.conclude() for splitting in splits.values()), Split())
 
@@ -353,7 +364,7 @@ class _Splitting:
         self._dimensions = m * n - self._others
         self._along = factors.right.new_zeros(self._left.shape[1], n)
         self._outside = 1 - (self._right**2).sum(1)
-        self._total = self._beside = self._noise = self._noise_beside = 0.0
+        self._total = self._beside = self._beside_by_chance = self._roundings = 0.0
 
     def add(self, start: int, rows: torch.Tensor, noise: torch.Tensor) -> None:
         """Take rows from ``start`` on into account, and the variances of their rounding errors."""
@@ -362,19 +373,19 @@ class _Splitting:
         self._total += float((rows * rows).sum())
         self._beside += float((beside * beside).sum())
         self._along += left.T @ beside
-        self._noise += float(noise.sum())
-        self._noise_beside += float((1 - (left**2).sum(1)) @ noise @ self._outside)
+        outside = 1 - (left**2).sum(1)
+        self._beside_by_chance += float(outside @ rows**2 @ self._outside)
+        self._roundings += float(outside @ noise @ self._outside)
 
     def conclude(self) -> Split:
-        beside = noise_beside = 0.0
-        if self._others:
-            beside = max(self._beside - float((self._along**2).sum()), 0.0)
-            noise_beside = self._noise_beside
+        if not self._others:
+            return Split(within=self._total, by_chance=self._total)
+        beside = max(self._beside - float((self._along**2).sum()), 0.0)
         return Split(
             within=self._total - beside,
             beside=beside,
-            noise_within=self._noise - noise_beside,
-            noise_beside=noise_beside,
+            by_chance=self._total - self._beside_by_chance,
+            roundings=self._roundings,
             dimensions=self._dimensions,
             others=self._others,
         )
