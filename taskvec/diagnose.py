@@ -47,9 +47,9 @@ def diagnose(
         names: swapped, nothing_merged, some_modules_not_merged, scaled, weights_scaled,
         rounded_otherwise, transposed, magnitudes_left_out, magnitudes_misapplied, misplaced,
         reordered, tied, merged_and_unmerged, thinned_out, truncated, pruned, quantised,
-        lower_precision_base, lower_precision_adapter, adapter_rounded, wrong_base,
-        other_adapter, additional_adapter, further_training, clipped, corrupted, overflow,
-        unknown.
+        lower_precision_base, lower_precision_adapter, adapter_rounded, adapter_truncated,
+        wrong_base, other_adapter, additional_adapter, further_training, clipped, corrupted,
+        overflow, unknown.
     """
     format = adapted(results)[0][1].certificate.format
     case = Case(base, adapter, vector, device, format)

@@ -1,4 +1,4 @@
-"""What diagnose says of an adapter that was rounded to 16 bits after it was merged.
+"""What diagnose says of an adapter that was rounded, or cut in rank, after it was merged.
 
 PEFT merges the adapter in fp32, or a float64 sum does; the copy is saved with safetensors.
 """
@@ -6,6 +6,7 @@ PEFT merges the adapter in fp32, or a float64 sum does; the copy is saved with s
 import json
 import shutil
 
+import numpy
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -216,3 +217,87 @@ def test_other_accidents_of_an_adapter_in_bf16(lab, tiny, what):
 
 def scaled(here, name, times):
     return times * here.deltas[name] if name in here.deltas else None
+
+
+@pytest.mark.parametrize("size", [3e-4, 1e-3])
+def test_updates_that_a_merge_in_bf16_mostly_lost(lab, size):
+    """What is lost lies in the spans of the factors, whatever was added besides."""
+    here = rounded_lab(lab, "bf16", stored="bf16", scale=0.002)
+    torch.manual_seed(0)
+    moved = {name: d + size * d.std() * torch.randn_like(d) for name, d in here.deltas.items()}
+    certificate = here.compare(here.model(moved.get))
+    causes = [cause["cause"] for cause in certificate["diagnosis"]]
+    assert "adapter_rounded" not in causes
+    assert certificate["verdict"] == "rounding" or causes == ["unknown"]
+
+
+@pytest.mark.parametrize("kind", ["DoRA", "DoRA of Conv1D"])
+def test_a_dora_may_have_been_rounded(tiny, tmp_path, kind):
+    base, lora = make_kind(tiny, kind)
+    peft_merge(base, lora, torch.float32).save_pretrained(tmp_path / "merged")
+    certificate = compare(base, rounded(lora, tmp_path / "copy", "bf16"), tmp_path)
+    (cause,) = certificate["diagnosis"]
+    assert cause["cause"] == "unknown"
+    assert set(cause["evidence"]["parameters"]) == set(certificate["violated_parameters"])
+    assert "within what rounding the adapter to bf16 after the merge would do" in cause["sentence"]
+
+
+@pytest.mark.parametrize(("alpha", "factor"), [(24, 1 / 3), (5, 1.6)])
+def test_an_alpha_that_was_edited_after_the_merge(lab, alpha, factor):
+    here = lab(lora_alpha=8)
+    model = merged_by_peft(here)
+    here.lora = copy_of(here.lora, here.path(), lambda name, tensor: tensor)
+    path = here.lora / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_alpha": alpha}))
+    cause = here.cause(model)
+    assert cause["cause"] == "scaled"
+    assert cause["evidence"]["factor"] == pytest.approx(factor, rel=1e-5)
+    words = f"as lora_alpha 8 would do, where adapter_config.json has {alpha}."
+    assert words in cause["sentence"]
+
+
+# --- other adapters of the same training -----------------------------------------------------
+
+
+def cut_in_rank(lora, path, rank):
+    """The adapter's best approximation of a rank, by numpy."""
+    shutil.copytree(lora, path)
+    factors = load_file(lora / "adapter_model.safetensors")
+    config = json.loads((lora / "adapter_config.json").read_text())
+    for name in [name for name in factors if "lora_A" in name]:
+        other = name.replace("lora_A", "lora_B")
+        left, values, right = numpy.linalg.svd(
+            factors[other].double().numpy() @ factors[name].double().numpy(), full_matrices=False
+        )
+        scaled = left[:, :rank] * values[:rank]
+        factors[name] = torch.from_numpy(right[:rank]).float().contiguous()
+        factors[other] = torch.from_numpy(scaled).float().contiguous()
+    save_file(factors, path / "adapter_model.safetensors")
+    alpha = config["lora_alpha"] * rank / config["r"]
+    text = json.dumps(config | {"r": rank, "lora_alpha": alpha})
+    (path / "adapter_config.json").write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(("precision", "rank"), [("fp32", 4), ("fp32", 6), ("bf16", 4)])
+def test_an_adapter_that_was_cut_in_rank_after_the_merge(lab, precision, rank):
+    here = lab("llama", precision, r=8, scale=1.0)
+    model, whole = merged_by_peft(here), here.lora
+    here.lora = cut_in_rank(whole, here.path(), rank)
+    cause = here.cause(model)
+    assert cause["cause"] == "adapter_truncated"
+    for sampled in cause["evidence"]["sampled"].values():
+        assert (sampled["adapter_rank"], sampled["rank_without_delta"]) == (rank, 8 - rank)
+
+
+@pytest.mark.parametrize("rank", [4, 6])
+def test_an_adapter_that_was_cut_in_rank_before_the_merge(lab, rank):
+    """Also where what is missing is of a lower rank than what is there."""
+    here = lab("llama", r=8)
+    whole = here.lora
+    here.lora = cut_in_rank(whole, here.path(), rank)
+    model = merged_by_peft(here)
+    here.lora = whole
+    cause = here.cause(model)
+    assert cause["cause"] == "truncated"
+    assert cause["evidence"]["sampled"][here.names[0]]["rank"] == rank

@@ -13,8 +13,8 @@ and what is more than E lies in the spans of B's columns and of A's rows:
 
 with the orthogonal projections P on the two. Training, another base or noise would leave as much
 beside the spans as in them, for each of their dimensions. Where a merge in 16 bits hides most of
-that, what is left are elements that were rounded to another number than in a merge of the copy: by
-their signs, as many times the spans' share of them lies in the spans as can be no chance.
+that, what is left are elements that were rounded to another number than in a merge of the copy;
+with their signs, more of them lies in the spans than signs by chance would put there.
 """
 
 from __future__ import annotations

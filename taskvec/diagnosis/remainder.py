@@ -32,7 +32,7 @@ from taskvec.spectrum import (
 from taskvec.updates.products import LowRank
 
 ADDITIONAL, OTHER, RESCALED = "additional", "other", "rescaled"
-MIXED, TRUNCATED = "mixed", "truncated"
+MIXED, TRUNCATED, CUT = "mixed", "truncated", "cut"
 FURTHER, GONE, UNRELATED = "further", "gone", "unrelated"
 
 # Rounding errors are not quite random (an update below half an ulp is lost as a whole), so what
@@ -44,6 +44,7 @@ _SAME_SUBSPACE = 0.9
 _CONTAINED = 0.99  # one of two spans lies in the other
 _ALONG = 0.99  # a cosine: the task vector is the delta times a factor, but for some noise
 _SIGMAS = 4.0
+_FAR = 10.0  # times the energy of noise, of what is to be orthogonal to delta by no chance
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,10 @@ class Remainder:
 
     Attributes:
         kind: ADDITIONAL (delta and a low-rank rest), MIXED (delta by another factor and such a
-            rest), TRUNCATED (only some of delta's directions), OTHER (low rank, but not delta),
-            RESCALED (delta by another factor), FURTHER (delta and a rest of no low rank), GONE
-            (nothing but noise of the size of rounding) or UNRELATED.
+            rest), CUT (delta, and a rest that a truncated SVD would leave out), TRUNCATED (only
+            some of delta's directions), OTHER (low rank, but not delta), RESCALED (delta by another
+            factor), FURTHER (delta and a rest of no low rank), GONE (nothing but noise of the size
+            of rounding) or UNRELATED.
         evidence: the numbers.
     """
 
@@ -146,6 +148,8 @@ def adapted_remainder(
     overlap = min(_overlap(whole.left, delta.left), _overlap(whole.right, delta.right))
     kind = _kind(comparison, whole, rest, overlap, slope)
     factor = 1.0
+    if kind == ADDITIONAL and _is_left_out(rest, delta):
+        kind = CUT
     if kind == OTHER and overlap >= _CONTAINED:
         rank = int((delta.values > delta.values.max() * U32).sum())
         if whole.rank < rank:
@@ -220,6 +224,23 @@ def _is_best(comparison: Comparison, whole: Structure, delta: Spectrum) -> bool:
     """Whether T is delta's best approximation of its rank: ‖T - delta‖ is no more than must be."""
     least = float((delta.values[whole.rank :] ** 2).sum())
     return comparison.sums.difference_squared <= _MARGIN * (least + whole.noise_energy)
+
+
+def _is_left_out(rest: Structure, delta: Spectrum) -> bool:
+    """Whether T - delta is what a truncated SVD of T leaves out: orthogonal to delta, and smaller.
+
+    Of a rest that has nothing to do with delta, the share r / m lies in delta's columns, and r / n
+    in its rows, as of noise; so the rest has to be far larger than that.
+    """
+    energy, noise = float((rest.values**2).sum()), _MARGIN * rest.noise_energy
+    if energy < _FAR * noise or rest.values.max() > delta.values.min() * _MARGIN:
+        return False
+    rank = delta.values.numel()
+    for own, of_delta in ((rest.left, delta.left), (rest.right, delta.right)):
+        common = float(((of_delta.T @ own.to(of_delta) * rest.values) ** 2).sum())
+        if common > _MARGIN * noise * rank / own.shape[0]:
+            return False
+    return True
 
 
 def unadapted_remainder(case: Case, result: ParameterResult) -> Remainder:

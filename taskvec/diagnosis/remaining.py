@@ -15,6 +15,7 @@ from taskvec.diagnosis.findings import Findings
 from taskvec.diagnosis.quantised import Quantised, quantised
 from taskvec.diagnosis.remainder import (
     ADDITIONAL,
+    CUT,
     FURTHER,
     GONE,
     MIXED,
@@ -291,6 +292,16 @@ def _truncated(found: _Kind) -> tuple[str, str]:
     )
 
 
+def _cut(found: _Kind) -> tuple[str, str]:
+    return "adapter_truncated", (
+        f"The adapter was cut in rank after the merge: beside the delta, which is of rank "
+        f"{found.ranks('adapter_rank')}, {found.where} {found.hold} an update of rank "
+        f"{found.ranks('rank_without_delta')} that is orthogonal to it and no larger in any "
+        "direction, as what a truncated SVD leaves out. Compare with the adapter of the whole rank "
+        f"({_estimate(found.slope)})."
+    )
+
+
 def _mixed(found: _Kind) -> tuple[str, str]:
     more = f", and {counted(found.others)} it leaves alone changed" if found.others else ""
     return "additional_adapter", (
@@ -363,6 +374,7 @@ _SENTENCES = {
     OTHER: _other_adapter,
     MIXED: _mixed,
     TRUNCATED: _truncated,
+    CUT: _cut,
     ADDITIONAL: _additional_adapter,
     RESCALED: _rescaled,
     FURTHER: _further_training,

@@ -45,7 +45,7 @@ def scaled(findings: Findings, adapter: Adapter) -> list[Cause]:
             groups.append(single)
         else:
             group.take(single)
-    return [_scaled_cause(findings, group) for group in groups]
+    return [_scaled_cause(findings, adapter, group) for group in groups]
 
 
 def _scaled_by_bits(findings: Findings) -> list[_Scaled]:
@@ -80,10 +80,12 @@ def _scaled_by_bounds(findings: Findings, adapter: Adapter) -> list[_Scaled]:
     return found
 
 
-def _scaled_cause(findings: Findings, group: _Scaled) -> Cause:
+def _scaled_cause(findings: Findings, adapter: Adapter, group: _Scaled) -> Cause:
     low, high = min(group.factors), max(group.factors)
     by = f"{low:.6g}" if high - low <= 1e-6 * abs(low) else f"{low:.6g} to {high:.6g}"
-    words = f": {'; or '.join(group.readings)}" if group.readings else ""
+    words = (
+        f": {'; or '.join(group.readings)}" if group.readings else _other_alpha(adapter, low, high)
+    )
     sentence = f"The adapter was scaled by {by} in {whole(group.names, findings)}{words}."
     evidence = {
         "factor": group.factors[0],
@@ -93,3 +95,15 @@ def _scaled_cause(findings: Findings, group: _Scaled) -> Cause:
         "reproduced_share": min(group.reproduced) if group.reproduced else None,
     }
     return Cause("scaled", sentence, evidence, len(group.names))
+
+
+def _other_alpha(adapter: Adapter, low: float, high: float) -> str:
+    """The alpha that would have scaled so, if it is a whole number."""
+    alpha = adapter.config.values.get("lora_alpha")
+    patterns = any(config.values.get("alpha_pattern") for config in adapter.configs)
+    if len(adapter.configs) > 1 or patterns or not isinstance(alpha, int | float):
+        return ""
+    other = round(alpha * low)
+    if other < 1 or max(abs(alpha * low - other), abs(alpha * high - other)) > 1e-3 * other:
+        return ""
+    return f": as lora_alpha {other} would do, where adapter_config.json has {alpha:g}"
