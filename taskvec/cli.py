@@ -270,21 +270,8 @@ def run(
                 stream.reconfigure(errors="replace")
         args = parse_args(build_parser(), argv)
         import_torch()
-        if not shared and processes.started() > 1:
-            if not processes.is_first():
-                return EXIT_OK
-            notice(
-                f"A launcher started this {processes.started()} times. It is the work of one "
-                "process, and the first does it."
-            )
-        if shared:
-            processes.join()
-            if processes.started_one_of_several():
-                notice(
-                    "The launcher started one process, which does all the work. Without several "
-                    "GPUs, accelerate launch starts more with --multi_gpu (and without --cpu), or "
-                    "torchrun with --nproc_per_node."
-                )
+        if not _has_work(shared=shared):
+            return EXIT_OK
         return body(args)
     except UserError as error:
         return _fail(str(error))
@@ -304,6 +291,26 @@ def run(
         return EXIT_INTERRUPTED
     finally:
         processes.leave()
+
+
+def _has_work(*, shared: bool) -> bool:
+    """Whether this process has any, where a launcher has started several; says what they do."""
+    if shared:
+        processes.join()
+        if processes.started_one_of_several():
+            notice(
+                "The launcher started one process, which does all the work. Without several "
+                "GPUs, accelerate launch starts more with --multi_gpu (and without --cpu), or "
+                "torchrun with --nproc_per_node."
+            )
+        return True
+    count = processes.started()
+    if count > 1 and processes.is_first():
+        notice(
+            f"A launcher started this {count} times. It is the work of one process, and the first "
+            "does it."
+        )
+    return processes.is_first()
 
 
 def notice(message: str) -> None:

@@ -167,6 +167,19 @@ def test_rows_and_columns_of_the_update_in_another_order(
     assert f"The {lines} of the update alone are in another order" in cause["sentence"]
 
 
+@pytest.mark.parametrize("size", [1e-4, 3e-4])
+def test_noise_in_bf16_is_no_other_order(lab, size):
+    """Rows of the update that are nearly alike change places by noise of the size of rounding."""
+    here, generator = lab(precision="bf16"), torch.Generator().manual_seed(0)
+
+    def noisy(name):
+        if (delta := here.deltas.get(name)) is not None:
+            return delta + size * torch.randn(delta.shape, generator=generator)
+
+    cause = here.cause(here.model(noisy))
+    assert cause["cause"] == "further_training"
+
+
 @in_both
 def test_columns_of_the_weights_in_another_order(lab, precision):
     here = lab(precision=precision)

@@ -15,7 +15,7 @@ from taskvec.certificate import Block
 from taskvec.compare import ParameterResult
 from taskvec.diagnosis.case import Case, merged_rows, wide
 from taskvec.diagnosis.factors import FactorTest
-from taskvec.diagnosis.permuted import MOVED, permuted
+from taskvec.diagnosis.permuted import permuted
 from taskvec.rounding import NARROW_FORMATS, U32, half_ulp, subtract_rows
 from taskvec.update import Update
 
@@ -24,9 +24,8 @@ WEIGHTS, UPDATE, TURNED = "of the weights", "of the update alone", "turned"
 _LEAST_LINES, _PROJECTIONS = 16, 4
 _ROUNDINGS = 4  # half ulps: more than a sum of many independent rounding errors comes to
 _TURNED = 1 << 24  # elements of columns that are kept at a time
-_RESOLVED = (
-    0.05  # the sorted products of other rows are farther apart than this share of their size
-)
+_MOVED = 0.01  # of the products' variance: less is two lines that are alike, and noise
+_RESOLVED = 0.05  # of their size: the sorted products of other rows are farther apart
 
 
 def weights_elsewhere(case: Case, results: Sequence[ParameterResult]) -> dict[str, str]:
@@ -140,7 +139,7 @@ class _Products:
         there, expected, variance = found
         size, doubt = _RESOLVED * expected.std(), variance.max().sqrt()
         gap = (there.sort(0).values - expected.sort(0).values).abs().max()
-        moved = ((there - expected) ** 2).mean() > MOVED * expected.var()
+        moved = ((there - expected) ** 2).mean() > _MOVED * expected.var()
         return bool(moved) and bool(gap <= doubt) and bool(doubt < size)
 
 
